@@ -1,0 +1,280 @@
+"""common.py against independent oracles: diffusers' schedulers, torchmetrics' DISTS, PEFT unfused, closed forms."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics.functional.image.dists as reference_dists
+import torchvision
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
+
+import common
+from common import (SD, TINY_SD, Crops, Discriminator, DISTS, UserError, adain, add_lora, count, dists_small, dists_vgg16,
+                    frozen, fuse_lora, jpeg, layers, noise_for, outputs, pack, pad_to, psnr_b, read_image, save_lora,
+                    save_tensors, to_image, to_tensor, trainable, unpack)
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return SD(TINY_SD)
+
+
+# ---- one step of diffusion
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_x0_inverts_the_schedulers_own_noising(sd, prediction):
+    scheduler = DDPMScheduler.from_pretrained(TINY_SD, subfolder="scheduler", prediction_type=prediction)
+    z, eps = torch.randn(3, 16, 8, 8), torch.randn(3, 16, 8, 8)
+    for t in (0, 199, 499, 999):
+        steps = torch.full((3,), t)
+        z_t = scheduler.add_noise(z, eps, steps)
+        out = eps if prediction == "epsilon" else scheduler.get_velocity(z, eps, steps)
+        sd_prediction, sd.prediction = sd.prediction, prediction
+        try:
+            assert torch.allclose(sd.x0(z_t, out, t), z, atol=2e-3)  # sqrt(alpha_bar) is 0.068 at t = 999
+            assert torch.allclose(sd.x0(z_t, out, steps), sd.x0(z_t, out, t))
+        finally:
+            sd.prediction = sd_prediction
+
+
+def test_latents_have_unit_scale_and_decode_to_the_image(sd):
+    x = to_tensor(read_image(common.ROOT / "data/photos/val/chelsea.png")[0])[None, :, :256, :256]
+    with torch.no_grad():
+        z = sd.encode(x)
+        assert z.shape == (1, sd.vae.config.latent_channels, 32, 32)
+        assert 0.3 < z.std() < 3
+        assert 10 * torch.log10(4 / (sd.decode(z) - x).square().mean()) > 24
+        noise = torch.randn_like(z)
+        spread = (sd.encode(x, noise) - z) / noise
+    assert spread.min() > 0  # a sample is mean + std * noise
+
+
+# ---- LoRA
+
+
+def sd21(which):
+    with torch.device("meta"):
+        if which == "unet":
+            return UNet2DConditionModel(block_out_channels=(320, 640, 1280, 1280), attention_head_dim=[5, 10, 20, 20],
+                                        cross_attention_dim=1024, use_linear_projection=True)
+        return AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+                             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4)
+
+
+@pytest.mark.parametrize("which, under, without, modules, millions", [
+    ("unet", ("",), "time_emb", 258, 16.22), ("vae", ("encoder", "quant_conv"), "\0", 32, 1.48),
+    ("unet", ("down_blocks", "mid_block"), "\0", 119, None)])
+def test_lora_covers_the_released_modules_of_sd21(which, under, without, modules, millions):
+    model = sd21(which).requires_grad_(False)
+    names = layers(model, under, without)
+    assert len(names) == modules
+    if millions:
+        with torch.device("meta"):
+            add_lora(model, 16, names)
+        assert count(model, trainable=True) / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def test_lora_fused_equals_unfused_and_other_files_are_refused(tmp_path, sd):
+    x, t, c = torch.randn(1, 16, 8, 8), 199, torch.randn(1, 5, sd.unet.config.cross_attention_dim)
+
+    def unet():
+        return SD(TINY_SD).unet
+    lora = unet()
+    add_lora(lora, 4, layers(lora, without="time_emb"))
+    for name, p in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    save_lora(lora, tmp_path / "lora")
+    fused, plain = unet(), unet()
+    fuse_lora(fused, tmp_path / "lora")
+    with torch.no_grad():
+        unfused = lora(x, t, c).sample
+        assert (fused(x, t, c).sample - unfused).abs().max() < 1e-4
+        assert (plain(x, t, c).sample - unfused).abs().max() > 1e-2
+    assert not any("lora" in n for n, _ in fused.named_parameters())
+    save_tensors(tmp_path / "foreign" / common.LORA_FILE, {"text_model.q.lora_A.weight": torch.zeros(4, 8), "text_model.q.lora_B.weight": torch.zeros(8, 4)})
+    with pytest.raises(UserError):
+        fuse_lora(unet(), tmp_path / "foreign")
+
+
+# ---- DISTS
+
+
+def test_dists_equals_torchmetrics_with_the_same_vgg(monkeypatch):
+    torch.manual_seed(0)
+    vgg = torchvision.models.vgg16(weights=None)
+    monkeypatch.setattr(torchvision.models, "vgg16", lambda weights=None: vgg)
+    monkeypatch.setattr(reference_dists, "vgg16", lambda weights=None: vgg)
+    x = torch.rand(2, 3, 64, 80)
+    y = (x + 0.2 * torch.randn_like(x)).clamp(0, 1)
+    expected = reference_dists.deep_image_structure_and_texture_similarity(x, y)
+    got = dists_vgg16()(x * 2 - 1, y * 2 - 1)
+    assert got.shape == (2,) and torch.allclose(got, expected, atol=1e-5)
+
+
+def test_small_dists_is_a_distance_with_a_gradient_and_no_trainable_weight():
+    d, x = dists_small(), torch.rand(2, 3, 48, 48) * 2 - 1
+    assert d(x, x).abs().max() < 1e-5 and not trainable(d)
+    noisy = (x + 0.1 * torch.randn_like(x)).requires_grad_()
+    assert (d(noisy, x) > 1e-3).all() and (d(noisy + torch.randn_like(x), x) > d(noisy, x)).all()
+    loss = d(noisy, x).mean()
+    loss.backward()
+    assert noisy.grad.abs().sum() > 0
+    assert torch.equal(dists_small()(noisy, x), d(noisy, x))  # the seed fixes its weights
+
+
+# ---- discriminator
+
+
+def test_discriminator_passes_gradients_to_generator_lora_prompt_and_head():
+    D = Discriminator(TINY_SD, 4)
+    z = torch.randn(2, 16, 12, 12, requires_grad=True)
+    with frozen(D):
+        assert not trainable(D)
+        D(z, 199).mean().backward()
+        assert z.grad.abs().sum() > 0 and all(p.grad is None for p in D.parameters())
+    D(z.detach(), 199).square().mean().backward()
+    moved = {n.split(".")[0] if "lora" not in n else n[n.index("lora"):n.index("lora") + 6] for n, p in D.named_parameters()
+             if p.grad is not None and p.grad.abs().sum() > 0}
+    assert moved == {"prompt", "head", "lora_B"}  # lora_A follows once B has left zero
+    assert all("lora" in n or not n.startswith("unet.") for n, p in D.named_parameters() if p.requires_grad)
+
+
+def test_discriminators_unet_is_the_bases_mid_block():
+    D, base = Discriminator(TINY_SD, 4), SD(TINY_SD).unet
+    z, c, seen = torch.randn(1, 16, 8, 8), torch.randn(1, 7, base.config.cross_attention_dim), {}
+    base.mid_block.register_forward_hook(lambda m, i, out: seen.update(mid=out))
+    with torch.no_grad():
+        base(z, 199, c)
+        assert torch.allclose(D.unet(z, 199, c).sample, seen["mid"], atol=1e-5)
+
+
+# ---- images
+
+
+@pytest.mark.parametrize("h, w", [(1, 1), (7, 5), (33, 64), (65, 31)])
+def test_pad_to_reaches_the_multiple_and_keeps_the_image(h, w):
+    x = torch.rand(1, 3, h, w)
+    y = pad_to(x, 32)
+    assert y.shape[2] % 32 == 0 and y.shape[3] % 32 == 0 and y.shape[2] - h < 32 and y.shape[3] - w < 32
+    assert torch.equal(y[..., :h, :w], x)
+
+
+def test_read_image_covers_modes_alpha_and_orientation(tmp_path):
+    def roundtrip(image, name, **options):
+        image.save(tmp_path / name, **options)
+        return read_image(tmp_path / name)
+    grey16 = Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16))
+    assert np.array(roundtrip(grey16, "16.png")[0])[0, :, 0].tolist() == [0, 100, 255]
+    assert roundtrip(Image.new("CMYK", (4, 3), (255, 0, 0, 0)), "c.tif")[0].getpixel((0, 0))[0] < 60
+    assert roundtrip(Image.new("RGB", (4, 3), "red").convert("P"), "p.png")[0].getpixel((0, 0)) == (255, 0, 0)
+    rgb, alpha = roundtrip(Image.new("RGBA", (4, 3), (0, 0, 0, 51)), "a.png")
+    assert rgb.getpixel((0, 0)) == (204, 204, 204) and alpha.getpixel((0, 0)) == 51
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert roundtrip(Image.new("RGB", (4, 3)), "e.jpg", exif=exif)[0].size == (3, 4)
+
+
+def test_tensor_image_round_trip_is_exact():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8))
+    assert np.array_equal(np.array(to_image(to_tensor(image))), np.array(image))
+
+
+def test_jpeg_is_libjpegs_at_that_quality():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=10, subsampling="4:2:0")
+    assert np.array_equal(np.array(jpeg(image, 10)), np.array(Image.open(buffer)))
+
+
+def test_adain_takes_the_references_statistics():
+    x, y = torch.randn(2, 3, 20, 20) * 3 + 1, torch.randn(2, 3, 9, 9)
+    out = adain(x, y)
+    assert torch.allclose(out.mean((2, 3)), y.mean((2, 3)), atol=1e-5)
+    assert torch.allclose(out.std((2, 3), correction=0), y.std((2, 3), correction=0), atol=1e-4)
+
+
+def test_psnr_b_is_psnr_without_blocks_and_lower_with_them():
+    flat = torch.full((1, 1, 64, 64), 100.0)
+    assert psnr_b(flat + 5, flat) == pytest.approx(10 * np.log10(255**2 / 25), abs=1e-4)
+    blocks = flat + 5 * (-1) ** (torch.arange(64) // 8).view(1, 1, 1, 64)
+    assert psnr_b(blocks, flat) < psnr_b(flat + 5, flat) - 1
+
+
+# ---- data
+
+
+def test_crops_are_a_function_of_seed_and_number(tmp_path, capsys):
+    a = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(a).save(tmp_path / "a.png")
+    Image.fromarray(a[:10, :12]).save(tmp_path / "small.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:300])
+    one, two = Crops([tmp_path], 24, 3), Crops([tmp_path], 24, 3)
+    forward = [one.crop(n) for n in range(9)]
+    backward = [two.crop(n) for n in reversed(range(9))][::-1]
+    assert all(np.array_equal(p, q) and p.shape == (24, 24, 3) for p, q in zip(forward, backward))
+    assert not all(np.array_equal(p, q) for p, q in zip(forward, [Crops([tmp_path], 24, 4).crop(n) for n in range(9)]))
+    told = capsys.readouterr().err
+    assert "broken.png" in told and "small.png" in told
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x.png").write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 1 images"):
+        Crops([tmp_path / "b"], 24, 0)
+
+
+def test_noise_depends_on_the_sample_not_on_the_batch():
+    whole = noise_for(torch.tensor([4, 5, 6, 7]), (2, 3), 0, 1)
+    parts = torch.cat([noise_for(torch.tensor([4, 5]), (2, 3), 0, 1), noise_for(torch.tensor([6, 7]), (2, 3), 0, 1)])
+    assert torch.equal(whole, parts) and not torch.equal(whole, noise_for(torch.tensor([4, 5, 6, 7]), (2, 3), 0, 2))
+
+
+# ---- plumbing
+
+
+def test_pack_and_unpack_bring_back_module_and_optimizer():
+    def make():
+        torch.manual_seed(1)
+        m = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+        return m, torch.optim.AdamW(m.parameters(), 1e-2)
+
+    def steps(m, o, n):
+        for i in range(n):
+            torch.manual_seed(10 + i)
+            m(torch.randn(8, 3)).square().mean().backward()
+            o.step(), o.zero_grad()
+    m, o = make()
+    steps(m, o, 3)
+    n, p = make()
+    unpack({k: v.clone() for k, v in pack({"m": m}, {"o": o}).items()}, {"m": n}, {"o": p})
+    steps(m, o, 2), steps(n, p, 2)
+    assert all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), n.state_dict().values()))
+    with pytest.raises(UserError, match="does not fit"):
+        unpack(pack({"m": m}, {}), {"m": torch.nn.Linear(3, 5)}, {})
+
+
+def test_outputs_never_overwrite_an_input(tmp_path):
+    for name in ("a.png", "a.jpg", "b.jpg"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    with pytest.raises(UserError, match="overwrite"):
+        outputs([str(tmp_path)], str(tmp_path))
+    with pytest.raises(UserError, match="overwrite"):
+        outputs([str(tmp_path / "a.png")], str(tmp_path / "a.png"))
+    pairs = dict(outputs([str(tmp_path)], str(tmp_path / "out")))
+    assert {p.name for p in pairs.values()} == {"a.png.png", "a.jpg.png", "b.png"}  # one name each
+    assert outputs([str(tmp_path / "b.jpg")], str(tmp_path / "c.png")) == [(tmp_path / "b.jpg", tmp_path / "c.png")]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.json"
+    common.write_json(path, {"old": 1})
+
+    def torn(tmp):
+        tmp.write_text("{")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(UserError, match="No space left"):
+        common.atomic(path, torn)
+    assert json.loads(path.read_text()) == {"old": 1} and [p.name for p in tmp_path.iterdir()] == ["x.json"]

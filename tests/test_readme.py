@@ -1,0 +1,36 @@
+"""The README says what is true of the code: its map's names exist, its commands parse."""
+
+import importlib
+import re
+import subprocess
+import sys
+from functools import reduce
+
+import pytest
+
+from common import ROOT
+
+TEXT = (ROOT / "README.md").read_text()
+MAP = re.findall(r"^\| [^|\n]+\| [^|\n]+\| [^|\n]+\| `([a-z_]+)\.([\w.]+)` \|$", TEXT, re.M)
+
+
+def test_every_name_in_the_map_exists():
+    assert len(MAP) >= 10
+    for module, name in MAP:
+        assert reduce(getattr, name.split("."), importlib.import_module(module)), f"{module}.{name}"
+
+
+@pytest.mark.parametrize("script", ["codiff"])
+def test_every_equation_tag_in_the_script_is_in_the_map(script):
+    tags = set(re.findall(r"Eq\. (\d+)", (ROOT / f"{script}.py").read_text()))
+    rows = [line for line in TEXT.splitlines() if line.startswith("| CODiff") and f"`{script}." in line]
+    assert tags <= set(re.findall(r"Eq\. (\d+)", "\n".join(rows))), "an equation is missing from the map"
+
+
+def test_the_commands_and_flags_it_names_exist():
+    for command in ("train", "restore", "eval"):
+        done = subprocess.run([sys.executable, ROOT / "codiff.py", command, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0
+        for line in re.findall(rf"codiff\.py {command}([^\n`]*)", TEXT):
+            for flag in re.findall(r"--[a-z0-9-]+", line.split("#")[0]):
+                assert flag in done.stdout, f"{command} {flag}"
