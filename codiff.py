@@ -44,13 +44,14 @@ class Stage1:
     #                           tiny run              paper run
     widths: tuple        = both((16, 32, 64, 128),    (64, 128, 256, 512), "Sec. 3.2.2")
     blocks: int          = both(1,                    4,                   "released code")
-    crop: int            = both(96,                   256,                 "Sec. 4.1")
+    gain: float          = both(1.0,                  0.2,                 "released code: orthogonal initialisation")
+    crop: int            = both(64,                   256,                 "Sec. 4.1")
     qf_min: int          = both(5,                    8,                   "Sec. 4.1")
     qf_max: int          = both(95,                   95,                  "Sec. 4.1")
     lambda_rec: float    = both(1000.0,               1000.0,              "Sec. 4.1, Eq. 6's lambda")
-    lr: float            = both(1e-3,                 2e-5,                "Sec. 4.1")
+    lr: float            = both(2e-3,                 2e-5,                "Sec. 4.1")
     decay: float         = both(0.5,                  0.0,                 "ours: last part of the run in which lr falls to 0")
-    batch: int           = both(8,                    128,                 "Sec. 4.1")
+    batch: int           = both(16,                   128,                 "Sec. 4.1")
     steps: int           = both(240,                  200_000,             "Sec. 4.1")
     accumulate: int      = both(1,                    1,                   "ours: micro-batches a step")
     workers: int         = both(0,                    8,                   "ours: loader processes")
@@ -127,7 +128,7 @@ class CaVE(nn.Module):
     checkpoint. DIFFERS: the paper says that all down-convolutions have stride 4; in the release the first
     has stride 2, which makes 32 in all, and one token per 32x32 pixels."""
 
-    def __init__(self, widths: tuple[int, int, int, int], blocks: int):
+    def __init__(self, widths: tuple[int, int, int, int], blocks: int, gain: float = 0.2):
         super().__init__()
         c1, c2, c3, c4 = widths
 
@@ -149,9 +150,9 @@ class CaVE(nn.Module):
         # is what the release does, and what makes its 3x3 kernels more than multiplications.
         self.qf_pred = nn.Sequential(*body(c4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c4, c4), nn.ReLU(),
                                      nn.Linear(c4, c4), nn.ReLU(), nn.Linear(c4, 1), nn.Sigmoid())
-        for m in self.modules():  # as released
+        for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-                nn.init.orthogonal_(m.weight, gain=0.2)
+                nn.init.orthogonal_(m.weight, gain)
                 nn.init.zeros_(m.bias)
             elif isinstance(m, nn.BatchNorm2d):
                 nn.init.uniform_(m.weight, 0.1, 1.0)
@@ -247,7 +248,7 @@ def decayed(cfg: Stage1 | Stage2, step: int) -> float:
 def stage1(run: Run, cfg: Stage1, data: list[Path], seed: int) -> None:
     """Dual learning of CaVE: QF prediction (explicit) and reconstruction (implicit), Sec. 3.2."""
     torch.manual_seed(seed)
-    cave = CaVE(cfg.widths, cfg.blocks)
+    cave = CaVE(cfg.widths, cfg.blocks, cfg.gain)
     acc = run.start(1, cfg, CaVE=cave, embedding=nn.ModuleList([cave.m_head, cave.m_down1, cave.m_down2, cave.m_down3,
                                                                cave.m_body_encoder]))
     pairs = JPEGPairs(data, cfg, seed)

@@ -647,24 +647,26 @@ def evaluate(files: list[Path], conditions: dict[str, callable], restore, sd: SD
         return to_image(sd.decode(sd.encode(pad_to(x, sd.f)))[0, :, :x.shape[2], :x.shape[3]])
 
     sums: dict[str, dict[str, list]] = {c: {} for c in conditions}
-    strips, used, ceilings = [], 0, {}
+    strips, used = [], 0
     for file in tqdm(files, "eval", disable=None):
         try:
             target = read_image(file)[0]
         except UserError as error:
             note(f"skipped: {error}")
             continue
-        used, ceilings[file] = used + 1, through_vae(target)
+        used, ceiling = used + 1, through_vae(target)
+        ceiling_metrics = metrics(ceiling, target)
         for name, degrade in conditions.items():
             lq = degrade(target)
             images = {"compressed": lq, "compressed, blurred": gaussian_blur(lq, 7, 0.8),
-                      "VAE(compressed)": through_vae(lq), "restored": restore(lq), "VAE(original)": ceilings[file]}
+                      "VAE(compressed)": through_vae(lq), "restored": restore(lq)}
             for row, image in images.items():
                 sums[name].setdefault(row, []).append(metrics(image, target))
+            sums[name].setdefault("VAE(original)", []).append(ceiling_metrics)
             if name == next(iter(conditions)) and len(strips) < 4:
                 box = tuple(max(0, (n - 384) // 2) for n in target.size)
                 box = (*box, *(min(b + 384, n) for b, n in zip(box, target.size)))
-                strips.append([i.crop(box) for i in (lq, images["restored"], target, ceilings[file])])
+                strips.append([i.crop(box) for i in (lq, images["restored"], target, ceiling)])
     if not used:
         raise UserError(f"eval: none of the {len(files)} images can be read")
 
@@ -706,6 +708,8 @@ class Run:
         begun = [f"stage{s}" for s in "12" if (self.folder / "last" / f"stage{s}.safetensors").exists()]
         if stage == "2" and begun == ["stage1"]:
             resume = True  # stage 2 on a finished stage 1 is what --stage is for
+        if old.exists() and "script" not in read_json(old):
+            raise UserError(f"--out {folder}: its config.json is not a run's; name another folder")
         if old.exists() and not resume and not overwrite:
             raise UserError(f"--out {folder}: holds a run already; continue it with --resume, or start anew with --overwrite")
         if resume and not old.exists():
@@ -718,9 +722,11 @@ class Run:
                                     "use the same, or another --out")
         state.wait_for_everyone()
         if self.main:
-            for name in ("last", "model", "samples", "log.jsonl", "metrics.json") if overwrite else ():
-                path = self.folder / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            for path in (self.folder / name for name in ("last", "model", "samples", "log.jsonl", "metrics.json")):
+                if overwrite and old.exists():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                for torn in path.rglob(".*.safetensors"):  # what a kill in the middle of a write left
+                    torn.unlink()
             write_json(old, config)
         state.wait_for_everyone()
 
@@ -793,10 +799,10 @@ class Run:
                     raise UserError(f"interrupted after step {step + 1} of stage {self.stage}, saved; continue with --resume")
 
     def precedes(self, line: str, first: int) -> bool:
-        """Whether a line of the log was written before step `first` of this stage (a torn last line was not)."""
+        """Whether a log line stays when this stage goes on from step `first` (a torn last line does not)."""
         try:
             row = json.loads(line)
-            return (row["stage"], row["step"]) < (self.stage, first)
+            return row["stage"] != self.stage or row["step"] < first
         except ValueError:
             return False
 

@@ -7,8 +7,9 @@ resumable (run the same command again), on CUDA or a CPU:
 
     1. VAE: the encoder starts as an exact 8x8 principal component analysis of the photographs
        (`pca_encoder`) and is frozen while the decoder learns; then both train; all on cheap crops of
-       64x64, whose GroupNorm statistics and borders the decoder comes to rely on (27.8 dB there, 19.7 dB
-       on 256x256), so that it ends on crops of 192x192.
+       64x64. There the decoder comes to rely on that size: GroupNorm sees a fixed share of zero-padded
+       border, and contrast is wrong at any other (27.8 dB at 64x64, 19.7 at 256x256; after a phase of
+       192x192 alone 27.1 there, 24.6 at 288x288). So it ends on crops of 64 to 288 pixels a side.
     2. text encoder + UNet: text-to-image noise prediction on the latents, as Stable Diffusion.
     3. validation figures, written to `data/tiny-sd/README.md` with the recipe.
 
@@ -95,7 +96,7 @@ def pca_encoder(vae: AutoencoderKL, photos: list[np.ndarray]) -> None:
             m.weight[c, c, m.weight.shape[2] // 2, m.weight.shape[3] // 2] = 1
         return m
 
-    enc, h = vae.encoder, torch.stack([crop(p, 192, rng(7, i)) for i, p in enumerate(photos)])
+    enc, h = vae.encoder, torch.stack([crop(p, (192, 192), rng(7, i)) for i, p in enumerate(photos)])
     clear(enc.conv_in, 3)
     for i, block in enumerate(enc.down_blocks):
         shortcut = block.resnets[0].conv_shortcut
@@ -126,11 +127,11 @@ def pca_encoder(vae: AutoencoderKL, photos: list[np.ndarray]) -> None:
     enc.conv_out.bias[LATENTS:] = -6.0  # log-variance: posterior noise of 0.05
 
 
-def crop(photo: np.ndarray, size: int, r: np.random.Generator) -> Tensor:
-    """A random crop, half of the time mirrored; (3, size, size) in [-1, 1]. Offsets are arbitrary, so
+def crop(photo: np.ndarray, size: tuple[int, int], r: np.random.Generator) -> Tensor:
+    """A random crop, half of the time mirrored; (3, *size) in [-1, 1]. Offsets are arbitrary, so
     that the 8x8 grid of photographs that are JPEGs themselves falls anywhere."""
-    y, x = (r.integers(n - size + 1) for n in photo.shape[:2])
-    a = photo[y:y + size, x:x + size]
+    y, x = (r.integers(n - m + 1) for n, m in zip(photo.shape, size))
+    a = photo[y:y + size[0], x:x + size[1]]
     return torch.from_numpy(a[:, ::-1].copy() if r.random() < 0.5 else a.copy()).permute(2, 0, 1) / 127.5 - 1
 
 
@@ -184,10 +185,12 @@ def loop(name: str, work: Path, steps: int, modules, optims, loss_at, save_s: fl
 
 
 def train_vae(vae, photos, work, steps, large_steps, batch, device) -> float:
-    def phase(name, optims, steps, batch, size, joint_from, stream):
+    def phase(name, optims, steps, batch, sides, joint_from, stream):
         def loss_at(step):
             r = rng(stream, step)
-            x = torch.stack([crop(photos[r.integers(len(photos))], size, r) for _ in range(batch)])
+            chosen = [photos[i] for i in r.integers(len(photos), size=batch)]
+            size = [min(8 * r.integers(sides[0] // 8, sides[1] // 8 + 1), *(p.shape[k] // 8 * 8 for p in chosen)) for k in (0, 1)]
+            x = torch.stack([crop(p, size, r) for p in chosen])
             x = x.to(device, memory_format=torch.channels_last)
             with torch.set_grad_enabled(step >= joint_from):
                 posterior = vae.encode(x).latent_dist
@@ -200,8 +203,8 @@ def train_vae(vae, photos, work, steps, large_steps, batch, device) -> float:
         return loop(name, work, steps, {"vae": vae}, optims, loss_at)
 
     decoder, encoder = [vae.decoder, vae.post_quant_conv], [vae.encoder, vae.quant_conv]
-    small = phase("vae", optimizers({1.0: decoder, 0.1: encoder}, 0.02, 2e-3), steps, batch, 64, int(0.6 * steps), 1)
-    return small + phase("vae_large", optimizers({1.0: decoder}, 0.01, 1e-3), large_steps, max(1, batch // 4), 192, large_steps, 11)
+    small = phase("vae", optimizers({1.0: decoder, 0.1: encoder}, 0.02, 2e-3), steps, batch, (64, 64), int(0.6 * steps), 1)
+    return small + phase("vae_large", optimizers({1.0: decoder}, 0.01, 1e-3), large_steps, max(1, batch // 4), (64, 288), large_steps, 11)
 
 
 @torch.no_grad()
@@ -275,7 +278,7 @@ Made by `data/make_tiny_sd.py` (the recipe is one command and resumes), with
 | | |
 | --- | --- |
 | data | {images} photographs, {captioned} with a caption: see below |
-| VAE | {vae_steps} steps of {vae_batch} crops of 64x64, {vae_large_steps} of 192x192, {vae_minutes:.0f} minutes |
+| VAE | {vae_steps} steps of {vae_batch} crops of 64x64, {vae_large_steps} of single crops of 64 to 288 px a side (decoder only), {vae_minutes:.0f} minutes |
 | UNet and text encoder | {unet_steps} steps of {unet_batch} latent crops of 12x12 (half-size photographs) or 24x24, {unet_minutes:.0f} minutes |
 | machine | {machine} |
 | VAE PSNR on {val} unseen photographs (central 256x256) | **{vae_psnr_db:.2f} dB** |

@@ -259,12 +259,14 @@ def test_pack_and_unpack_bring_back_module_and_optimizer():
 def test_outputs_never_overwrite_an_input(tmp_path):
     for name in ("a.png", "a.jpg", "b.jpg"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "only").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "only" / "d.png")
     with pytest.raises(UserError, match="overwrite"):
-        outputs([str(tmp_path)], str(tmp_path))
+        outputs([str(tmp_path / "only")], str(tmp_path / "only"))
     with pytest.raises(UserError, match="overwrite"):
         outputs([str(tmp_path / "a.png")], str(tmp_path / "a.png"))
     pairs = dict(outputs([str(tmp_path)], str(tmp_path / "out")))
-    assert {p.name for p in pairs.values()} == {"a.png.png", "a.jpg.png", "b.png"}  # one name each
+    assert {str(p.relative_to(tmp_path / "out")) for p in pairs.values()} == {"a.png.png", "a.jpg.png", "b.png", "only/d.png"}
     assert outputs([str(tmp_path / "b.jpg")], str(tmp_path / "c.png")) == [(tmp_path / "b.jpg", tmp_path / "c.png")]
 
 
