@@ -266,7 +266,10 @@ def damage(source: Path, target: Path, how) -> Path:
 
 
 def cut(name):
-    return lambda target: (target / name).write_bytes((target / name).read_bytes()[:1000])
+    def how(target):
+        whole = (target / name).read_bytes()
+        (target / name).write_bytes(whole[:len(whole) // 2])
+    return how
 
 
 def edit(**changes):
