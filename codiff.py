@@ -87,12 +87,15 @@ class Stage2:
 
 
 class JPEGPairs(Crops):
-    """Sample n -> (n, x_lq, x_hq): a crop and its JPEG, QF uniform in qf_min..qf_max (Sec. 4.1).
+    """Sample n -> (n, x_lq, x_hq, q): a crop and its JPEG, QF uniform in qf_min..qf_max (Sec. 4.1).
+    DIFFERS: the release draws three in four from {10, 20, ..., 60}.
 
     Half of the crops are cut off the JPEG's 8x8 grid, at an offset of 0..8 pixels an axis, as in the
     released code: photographs from the web have often been cropped after compression."""
 
-    def __init__(self, folders, cfg: Stage1 | Stage2, seed: int):
+    def __init__(self, folders, cfg: Stage1 | Stage2, multiple: int, seed: int):
+        if cfg.crop % multiple:
+            raise UserError(f"--s{cfg.__class__.__name__[-1]}-crop {cfg.crop}: must be a multiple of {multiple}")
         super().__init__(folders, cfg.crop + 8, seed)
         self.cfg = cfg
 
@@ -127,6 +130,8 @@ class CaVE(nn.Module):
     Input (B, 3, H, W) in [0, 1], H and W multiples of 32. Modules carry the names of the released
     checkpoint. DIFFERS: the paper says that all down-convolutions have stride 4; in the release the first
     has stride 2, which makes 32 in all, and one token per 32x32 pixels."""
+
+    stride = 32
 
     def __init__(self, widths: tuple[int, int, int, int], blocks: int, gain: float = 0.2):
         super().__init__()
@@ -185,7 +190,7 @@ class CODiff(nn.Module):
         super().__init__()
         self.sd, self.cave, self.T_L = SD(base), cave.eval().requires_grad_(False), T_L
         self.proj = nn.Linear(cave.m_body_encoder[0].res[0].in_channels, self.sd.unet.config.cross_attention_dim)
-        self.multiple = max(32, self.sd.multiple)  # both are powers of two
+        self.multiple = max(CaVE.stride, self.sd.multiple)  # both are powers of two
 
     def train_lora(self, rank: int) -> None:
         """LoRA on the UNet (all but the time embeddings) and on the VAE encoder, Sec. 3.3. The decoder stays.
@@ -233,7 +238,7 @@ def loss_G(logits_fake: Tensor) -> Tensor:
 
 
 def loss_D(logits_fake: Tensor, logits_real: Tensor) -> Tensor:
-    # Eq. 9: -log(1 - sigmoid(D(z_hat))) - log sigmoid(D(z_H))
+    # Eq. 9: -log(1 - sigmoid(D(z_hat))) - log sigmoid(D(z_H)).  DIFFERS: the release halves it, times 1e-2
     return F.softplus(logits_fake).mean() + F.softplus(-logits_real).mean()
 
 
@@ -251,7 +256,7 @@ def stage1(run: Run, cfg: Stage1, data: list[Path], seed: int) -> None:
     cave = CaVE(cfg.widths, cfg.blocks, cfg.gain)
     acc = run.start(1, cfg, CaVE=cave, embedding=nn.ModuleList([cave.m_head, cave.m_down1, cave.m_down2, cave.m_down3,
                                                                cave.m_body_encoder]))
-    pairs = JPEGPairs(data, cfg, seed)
+    pairs = JPEGPairs(data, cfg, CaVE.stride, seed)
     optimizer = torch.optim.Adam(cave.parameters(), cfg.lr)
     cave, optimizer = acc.prepare(cave, optimizer)
     cave.train()
@@ -298,7 +303,7 @@ def stage2(run: Run, cfg: Stage2, base: Path, data: list[Path], seed: int) -> No
     torch.manual_seed(seed + 1)
     G, D = CODiff(base, load_cave(run.model), cfg.T_L), Discriminator(base, cfg.rank)
     G.train_lora(cfg.rank)
-    real = SD(base, with_unet=False)  # the untouched encoder, for z_H
+    real = SD(base, with_unet=False)  # z_H comes from the untouched encoder; the paper does not say which (ours)
     dists = dists_vgg16() if cfg.dists == "vgg16" else dists_small()
     if cfg.checkpointing:
         for m in (G.sd.unet, G.sd.vae, D.unet):
@@ -307,7 +312,7 @@ def stage2(run: Run, cfg: Stage2, base: Path, data: list[Path], seed: int) -> No
                                "discriminator": D})
     acc.print("perceptual loss: " + ("DISTS (VGG16)" if cfg.dists == "vgg16" else
                                      "DISTS' terms on a small random network (no download; not the metric DISTS)"))
-    pairs = JPEGPairs(data, cfg, seed + 1)
+    pairs = JPEGPairs(data, cfg, G.multiple, seed + 1)
     settings = {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
     opt_G, opt_D = torch.optim.AdamW(trainable(G), **settings), torch.optim.AdamW(trainable(D), **settings)
     G, D, opt_G, opt_D = acc.prepare(G, D, opt_G, opt_D)
@@ -322,7 +327,9 @@ def stage2(run: Run, cfg: Stage2, base: Path, data: list[Path], seed: int) -> No
             l_dists = dists(x_hat, x_hq).mean()
             # Eq. 7
             l_per = l_2 + cfg.lambda_P * l_dists
-            with frozen(critic):  # its parameters, not its graph: Eq. 8 reaches the generator
+            # DIFFERS: in the release the critic's UNet runs under no_grad, which makes Eq. 8 a constant for
+            # the generator and leaves Eq. 9 to the head; here its parameters are frozen, not its graph.
+            with frozen(critic):
                 l_G = loss_G(critic(z_hat, cfg.T_D))
             # Eq. 10
             loss = l_per + cfg.lambda_G * l_G

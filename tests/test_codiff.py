@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import codiff
-from codiff import CODiff, CaVE, JPEGPairs, Stage1, Stage2
+from codiff import CODiff, CaVE, JPEGPairs, Stage1
 from common import ROOT, TINY_SD, Discriminator, UserError, dists_small, frozen, load_tensors, read_image, run_cli, trainable
 
 PHOTOS = ROOT / "data" / "photos"
@@ -55,7 +55,7 @@ def test_tokens_are_row_major():
 
 def test_pairs_are_jpegs_at_the_stated_quality_half_of_them_off_the_grid():
     cfg = Stage1(crop=64, qf_min=8, qf_max=95)
-    pairs, aligned, qfs = JPEGPairs([PHOTOS / "train"], cfg, 0), 0, []
+    pairs, aligned, qfs = JPEGPairs([PHOTOS / "train"], cfg, 32, 0), 0, []
     for n in range(60):
         m, x_lq, x_hq, q = pairs[n]
         assert m == n and x_lq.shape == x_hq.shape == (3, 64, 64) and x_lq.abs().max() <= 1
@@ -297,7 +297,7 @@ def test_damaged_and_foreign_checkpoints(run, tmp_path, how, says):
     (["train", "--out", "{new}", "--base", "no/such-base"], "no/such-base"), (["train", "--out", "{new}", "--base", "{empty}"], "unet/config.json"),
     (["train", "--out", "{new}", "--stage", "2"], "stage 1 first"), (["train", "--out", "{new}", "--data", "{empty}"], "no images"),
     (["train", "--out", "{run}"], "--resume"), (["train", "--out", "{run}", "--resume"], "stage1.steps"),
-    (["train", "--out", "{new}", "--resume"], "holds no run"), (["train", "--out", "{new}", "--s1-batch", "0"], "--s1-batch"),
+    (["train", "--out", "{new}", "--resume"], "holds no run"), (["train", "--out", "{new}", "--s1-batch", "0"], "--s1-batch"), (["train", "--out", "{new}", "--s1-crop", "100"], "--s1-crop 100"),
     (["eval", "--data", "nowhere"], "nowhere")])
 def test_bad_input(run, tmp_path, monkeypatch, args, says):
     (tmp_path / "empty").mkdir()

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 
 import common
-from common import (SD, TINY_SD, Crops, Discriminator, DISTS, UserError, adain, add_lora, count, dists_small, dists_vgg16,
+from common import (SD, TINY_SD, Crops, Discriminator, UserError, adain, add_lora, count, dists_small, dists_vgg16,
                     frozen, fuse_lora, jpeg, layers, noise_for, outputs, pack, pad_to, psnr_b, read_image, save_lora,
                     save_tensors, to_image, to_tensor, trainable, unpack)
 
