@@ -329,14 +329,14 @@ def stage2(run: Run, cfg: Stage2, base: Path, data: list[Path], seed: int) -> No
             l_per = l_2 + cfg.lambda_P * l_dists
             # DIFFERS: in the release the critic's UNet runs under no_grad, which makes Eq. 8 a constant for
             # the generator and leaves Eq. 9 to the head; here its parameters are frozen, not its graph.
-            with frozen(critic):
+            with frozen(critic):  # until after backward: checkpointing runs the critic's forward again there
                 l_G = loss_G(critic(z_hat, cfg.T_D))
-            # Eq. 10
-            loss = l_per + cfg.lambda_G * l_G
-            if step == 0:
-                terms = {"l2": l_2, "dists": cfg.lambda_P * l_dists, "gan_g": cfg.lambda_G * l_G}
-                acc.print("step 1: " + "  ".join(f"{k} {v:.3g}" for k, v in gradient_norms(terms, trainable(G)).items()))
-            acc.backward(loss)
+                # Eq. 10
+                loss = l_per + cfg.lambda_G * l_G
+                if step == 0:
+                    terms = {"l2": l_2, "dists": cfg.lambda_P * l_dists, "gan_g": cfg.lambda_G * l_G}
+                    acc.print("step 1: " + "  ".join(f"{k} {v:.3g}" for k, v in gradient_norms(terms, trainable(G)).items()))
+                acc.backward(loss)
             update(acc, G, opt_G, cfg, step)
 
             with torch.no_grad(), acc.autocast():

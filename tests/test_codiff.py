@@ -1,6 +1,7 @@
 """codiff.py: each equation, which parameters each loss moves, and the command line end to end."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,6 +252,17 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(uninterrupted, tmp
         a, b = (load_tensors(folder / "model" / name)[0] for folder in (out, uninterrupted))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
     assert not [p for p in out.rglob(".*") if p.is_file()]
+
+
+def test_checkpointing_and_accumulation_leave_the_losses_as_they_are(uninterrupted, tmp_path, val):
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted, out)
+    (out / "last" / "stage2.safetensors").unlink()
+    codiff.main([*train_args(out, val), "--stage", "2", "--s2-checkpointing", "--s2-accumulate", "2"])
+    one, two = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (uninterrupted, out))
+    assert len(one) == len(two) == 20
+    for a, b in zip(one, two):
+        assert {k: pytest.approx(v, rel=1e-2) for k, v in a.items()} == b
 
 
 # ---- bad input: one line that names the culprit, exit code 2
