@@ -21,6 +21,7 @@ Left out: the DAPE prompt of Table 3 (another project's network).
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,11 +30,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import (ROOT, SD, SD21_BASE, TINY_SD, Crops, Discriminator, Metrics, Parser, Run, UserError, adain,
-                    add_eval, add_lora, add_restore, add_train, both, device, dists_small, dists_vgg16, evaluate,
-                    find_base, fingerprint, frozen, fuse_lora, gradient_norms, jpeg, layers, list_images, load_tensors,
-                    noise_for, outputs, pad_to, peak_memory, read_json, restore_files, rng, run_cli, save_lora, save_tensors,
-                    stage_config, to_image, to_tensor, trainable, write_json)
+from tqdm import tqdm
+
+from common import (LORA_FILE, ROOT, SD, SD21_BASE, SD21_CONFIG, TINY_SD, Crops, Discriminator, Metrics, Parser, Run,
+                    UserError, adain, add_eval, add_figures, add_lora, add_profile, add_restore, add_train, atomic, both,
+                    device, dists_small, dists_vgg16, evaluate, find_base, fingerprint, for_inference, frozen, fuse_lora,
+                    gradient_norms, jpeg, layers, list_images, load_pickle, load_tensors, matplotlib, noise_for, note,
+                    outputs, pad_to, paper_values, peak_memory, profile, read_image, read_json, restore_files, rng, run_cli,
+                    save_lora, save_tensors, stage_config, text_table, text_tokens, tile_size, tiled, to_image, to_tensor,
+                    trainable, write_json)
 
 # ------------------------------------------------------------------------------------ configurations
 
@@ -45,17 +50,22 @@ class Stage1:
     widths: tuple        = both((16, 32, 64, 128),    (64, 128, 256, 512), "Sec. 3.2.2")
     blocks: int          = both(1,                    4,                   "released code")
     gain: float          = both(1.0,                  0.2,                 "released code: orthogonal initialisation")
+    highpass: float      = both(8.0,                  0.0,                 "ours: gain of high-pass filters that the head starts with")
     crop: int            = both(64,                   256,                 "Sec. 4.1")
-    qf_min: int          = both(5,                    8,                   "Sec. 4.1")
+    qf_min: int          = both(8,                    8,                   "Sec. 4.1")
     qf_max: int          = both(95,                   95,                  "Sec. 4.1")
-    lambda_rec: float    = both(1000.0,               1000.0,              "Sec. 4.1, Eq. 6's lambda")
-    lr: float            = both(2e-3,                 2e-5,                "Sec. 4.1")
+    learning: str        = both("dual",               "dual",              "Table 4", "learning", ("dual", "explicit", "implicit"))
+    lambda_rec: float    = both(3.0,                  1000.0,              "Sec. 4.1, Eq. 6's lambda")
+    lr: float            = both(1e-3,                 2e-5,                "Sec. 4.1")
     decay: float         = both(0.5,                  0.0,                 "ours: last part of the run in which lr falls to 0")
     batch: int           = both(16,                   128,                 "Sec. 4.1")
-    steps: int           = both(240,                  200_000,             "Sec. 4.1")
+    steps: int           = both(400,                  200_000,             "Sec. 4.1")
     accumulate: int      = both(1,                    1,                   "ours: micro-batches a step")
     workers: int         = both(0,                    8,                   "ours: loader processes")
     save_every: int      = both(100,                  2000,                "ours")
+
+
+LOSSES = ("l2", "dists", "gan")
 
 
 @dataclass
@@ -67,7 +77,9 @@ class Stage2:
     crop: int            = both(128,          256,       "Sec. 4.1")
     qf_min: int          = both(5,            8,         "Sec. 4.1")
     qf_max: int          = both(30,           95,        "Sec. 4.1")
-    dists: str           = both("small",      "vgg16",   "Eq. 7; 'small' needs no download")
+    prompt: str          = both("cave",       "cave",    "Table 3", "prompt", ("cave", "learnable", "empty"))
+    losses: tuple        = both(LOSSES,       LOSSES,    "Table 5: the terms that count", "losses", LOSSES)
+    dists: str           = both("small",      "vgg16",   "Eq. 7; 'small' needs no download", choices=("small", "vgg16"))
     lambda_P: float      = both(0.02,         1.0,       "Sec. 4.1, Eq. 7")
     lambda_G: float      = both(5e-3,         5e-3,      "Sec. 4.1, Eq. 10")
     T_D: int             = both(199,          199,       "released code: the discriminator's timestep")
@@ -133,7 +145,7 @@ class CaVE(nn.Module):
 
     stride = 32
 
-    def __init__(self, widths: tuple[int, int, int, int], blocks: int, gain: float = 0.2):
+    def __init__(self, widths: tuple[int, int, int, int], blocks: int, gain: float | None = None, highpass: float = 0.0):
         super().__init__()
         c1, c2, c3, c4 = widths
 
@@ -155,12 +167,25 @@ class CaVE(nn.Module):
         # is what the release does, and what makes its 3x3 kernels more than multiplications.
         self.qf_pred = nn.Sequential(*body(c4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c4, c4), nn.ReLU(),
                                      nn.Linear(c4, c4), nn.ReLU(), nn.Linear(c4, 1), nn.Sigmoid())
+        if gain:  # to be trained, not loaded
+            self.initialise(gain, highpass)
+
+    @torch.no_grad()
+    def initialise(self, gain: float, highpass: float) -> None:
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
                 nn.init.orthogonal_(m.weight, gain)
                 nn.init.zeros_(m.bias)
             elif isinstance(m, nn.BatchNorm2d):
                 nn.init.uniform_(m.weight, 0.1, 1.0)
+        if highpass:
+            # QF shows in fine detail, which random filters drown in brightness: without these second
+            # differences of each colour, some hundred steps teach the QF head no more than a constant.
+            d2, one = torch.tensor([-1.0, 2.0, -1.0]), torch.tensor([0.0, 1.0, 0.0])
+            for i, kernel in enumerate((torch.outer(d2, d2) / 4, torch.outer(one, d2) / 2, torch.outer(d2, one) / 2)):
+                for colour in range(3):
+                    self.m_head.weight[3 * i + colour] = 0
+                    self.m_head.weight[3 * i + colour, colour] = highpass * kernel
 
     def encode(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         h0 = self.m_head(x)
@@ -184,12 +209,15 @@ class CaVE(nn.Module):
 
 
 class CODiff(nn.Module):
-    """The one-step generator G_theta of Eq. 2, without LoRA: `train_lora` adds it, `load` fuses it."""
+    """The one-step generator G_theta of Eq. 2, without LoRA: `train_lora` adds it, `load` fuses it.
 
-    def __init__(self, base: Path, cave: CaVE, T_L: int):
+    Its prompt is CaVE's tokens, or for Table 3's ablation the same `tokens` (L, D_text) for every image."""
+
+    def __init__(self, base: Path, T_L: int, cave: CaVE | None, tokens: nn.Parameter | None = None, weights: bool = True):
         super().__init__()
-        self.sd, self.cave, self.T_L = SD(base), cave.eval().requires_grad_(False), T_L
-        self.proj = nn.Linear(cave.m_body_encoder[0].res[0].in_channels, self.sd.unet.config.cross_attention_dim)
+        self.base, self.T_L, self.sd = base, T_L, SD(base, weights=weights)
+        self.cave, self.tokens = cave.eval().requires_grad_(False) if cave else None, tokens
+        self.proj = nn.Linear(cave.m_body_encoder[0].res[0].in_channels, self.sd.unet.config.cross_attention_dim) if cave else None
         self.multiple = max(CaVE.stride, self.sd.multiple)  # both are powers of two
 
     def train_lora(self, rank: int) -> None:
@@ -200,18 +228,28 @@ class CODiff(nn.Module):
 
     def train(self, mode: bool = True):
         super().train(mode)
-        self.cave.eval()  # frozen, and its BatchNorm statistics with it
+        if self.cave:
+            self.cave.eval()  # frozen, and its BatchNorm statistics with it
         return self
 
-    def forward(self, x_lq: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x_lq (B, 3, H, W) in [-1, 1], sides multiples of `multiple` -> (x_hat, z_hat)."""
-        c_L = self.proj(self.cave.embed((x_lq + 1) / 2))
-        z_L = self.sd.encode(x_lq, noise)
-        eps = self.sd.unet(z_L, self.T_L, c_L).sample
+    def condition(self, x_lq: Tensor) -> Tensor:
+        """c_L (B, L, D_text)."""
+        if self.cave is None:
+            return self.tokens.expand(len(x_lq), -1, -1)
+        return self.proj(self.cave.embed(((x_lq + 1) / 2).to(self.proj.weight.dtype)))
+
+    def denoise(self, x_lq: Tensor, z_L: Tensor) -> Tensor:
+        eps = self.sd.unet(z_L.to(self.sd.unet.dtype), self.T_L, self.condition(x_lq)).sample
         # Eq. 1:  z_hat = (z_L - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar)
-        z_hat = self.sd.x0(z_L, eps, self.T_L)
+        return self.sd.x0(z_L, eps, self.T_L)
+
+    def forward(self, x_lq: Tensor, noise: Tensor | None = None, run=lambda stage, *maps: stage(*maps)) -> tuple[Tensor, Tensor]:
+        """x_lq (B, 3, H, W) in [-1, 1], sides multiples of `multiple` -> (x_hat, z_hat). `run` lets
+        `common.tiled` cut the three stages into windows."""
+        z_L = run(lambda x: self.sd.encode(x, noise), x_lq)
+        z_hat = run(self.denoise, x_lq, z_L)
         # Eq. 2
-        return self.sd.decode(z_hat).clamp(-1, 1), z_hat
+        return run(self.sd.decode, z_hat).clamp(-1, 1), z_hat
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -253,9 +291,9 @@ def decayed(cfg: Stage1 | Stage2, step: int) -> float:
 def stage1(run: Run, cfg: Stage1, data: list[Path], seed: int) -> None:
     """Dual learning of CaVE: QF prediction (explicit) and reconstruction (implicit), Sec. 3.2."""
     torch.manual_seed(seed)
-    cave = CaVE(cfg.widths, cfg.blocks, cfg.gain)
-    acc = run.start(1, cfg, CaVE=cave, embedding=nn.ModuleList([cave.m_head, cave.m_down1, cave.m_down2, cave.m_down3,
-                                                               cave.m_body_encoder]))
+    cave = CaVE(cfg.widths, cfg.blocks, cfg.gain, cfg.highpass)
+    w_qf, w_rec = {"dual": (1, cfg.lambda_rec), "explicit": (1, 0), "implicit": (0, cfg.lambda_rec)}[cfg.learning]
+    acc = run.start(1, cfg, CaVE=cave, embedding=embedding_path(cave))
     pairs = JPEGPairs(data, cfg, CaVE.stride, seed)
     optimizer = torch.optim.Adam(cave.parameters(), cfg.lr)
     cave, optimizer = acc.prepare(cave, optimizer)
@@ -266,8 +304,8 @@ def stage1(run: Run, cfg: Stage1, data: list[Path], seed: int) -> None:
             l_qf = loss_qf(q_hat, q)
             l_rec = loss_rec(x_rec, (x_hq + 1) / 2)
             # Eq. 6
-            loss = l_qf + cfg.lambda_rec * l_rec
-            terms = {"qf": l_qf, "rec": cfg.lambda_rec * l_rec}
+            loss = w_qf * l_qf + w_rec * l_rec
+            terms = {"qf": w_qf * l_qf, "rec": w_rec * l_rec}
             if step == 0:
                 norms = gradient_norms(terms, trainable(cave))
                 acc.print("step 1: " + "  ".join(f"{k} {v:.3g}" for k, v in norms.items()))
@@ -279,6 +317,11 @@ def stage1(run: Run, cfg: Stage1, data: list[Path], seed: int) -> None:
         run.log(qf=l_qf, rec=l_rec, loss=loss)
     if acc.is_main_process:
         save_tensors(run.model / "stage1.safetensors", acc.unwrap_model(cave).state_dict(), config=asdict(cfg))
+
+
+def embedding_path(cave: CaVE) -> nn.ModuleList:
+    """What stage 2 and inference use of it."""
+    return nn.ModuleList([cave.m_head, cave.m_down1, cave.m_down2, cave.m_down3, cave.m_body_encoder])
 
 
 def load_cave(model: Path) -> CaVE:
@@ -298,10 +341,10 @@ def load_cave(model: Path) -> CaVE:
 
 def stage2(run: Run, cfg: Stage2, base: Path, data: list[Path], seed: int) -> None:
     """The generator against its discriminator, with CaVE frozen, Sec. 3.3."""
-    if not (run.model / "stage1.safetensors").exists():
+    if cfg.prompt == "cave" and not (run.model / "stage1.safetensors").exists():
         raise UserError(f"--stage 2: {run.model / 'stage1.safetensors'} is missing; run stage 1 first (train --stage 1)")
     torch.manual_seed(seed + 1)
-    G, D = CODiff(base, load_cave(run.model), cfg.T_L), Discriminator(base, cfg.rank)
+    G, D = CODiff(base, cfg.T_L, *prompt_source(cfg, base, run.model)), Discriminator(base, cfg.rank)
     G.train_lora(cfg.rank)
     real = SD(base, with_unet=False)  # z_H comes from the untouched encoder; the paper does not say which (ours)
     dists = dists_vgg16() if cfg.dists == "vgg16" else dists_small()
@@ -313,11 +356,11 @@ def stage2(run: Run, cfg: Stage2, base: Path, data: list[Path], seed: int) -> No
     acc.print("perceptual loss: " + ("DISTS (VGG16)" if cfg.dists == "vgg16" else
                                      "DISTS' terms on a small random network (no download; not the metric DISTS)"))
     pairs = JPEGPairs(data, cfg, G.multiple, seed + 1)
-    settings = {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
-    opt_G, opt_D = torch.optim.AdamW(trainable(G), **settings), torch.optim.AdamW(trainable(D), **settings)
+    opt_G, opt_D = (torch.optim.AdamW(trainable(m), cfg.lr, weight_decay=cfg.weight_decay) for m in (G, D))
     G, D, opt_G, opt_D = acc.prepare(G, D, opt_G, opt_D)
     G.train(), D.train(), dists.to(acc.device), real.to(acc.device)
     critic = acc.unwrap_model(D)
+    w = {term: float(term in cfg.losses) for term in LOSSES}
     shape = (real.vae.config.latent_channels, cfg.crop // real.f, cfg.crop // real.f)
 
     for step, (n, x_lq, x_hq, _) in run.loop(pairs, {"G": G, "D": D}, {"opt_G": opt_G, "opt_D": opt_D}):
@@ -326,13 +369,13 @@ def stage2(run: Run, cfg: Stage2, base: Path, data: list[Path], seed: int) -> No
             l_2 = loss_2(x_hat, x_hq)
             l_dists = dists(x_hat, x_hq).mean()
             # Eq. 7
-            l_per = l_2 + cfg.lambda_P * l_dists
+            l_per = w["l2"] * l_2 + w["dists"] * cfg.lambda_P * l_dists
             # DIFFERS: in the release the critic's UNet runs under no_grad, which makes Eq. 8 a constant for
             # the generator and leaves Eq. 9 to the head; here its parameters are frozen, not its graph.
             with frozen(critic):  # until after backward: checkpointing runs the critic's forward again there
                 l_G = loss_G(critic(z_hat, cfg.T_D))
                 # Eq. 10
-                loss = l_per + cfg.lambda_G * l_G
+                loss = l_per + w["gan"] * cfg.lambda_G * l_G
                 if step == 0:
                     terms = {"l2": l_2, "dists": cfg.lambda_P * l_dists, "gan_g": cfg.lambda_G * l_G}
                     acc.print("step 1: " + "  ".join(f"{k} {v:.3g}" for k, v in gradient_norms(terms, trainable(G)).items()))
@@ -351,9 +394,24 @@ def stage2(run: Run, cfg: Stage2, base: Path, data: list[Path], seed: int) -> No
         G = acc.unwrap_model(G)
         save_lora(G.sd.unet, run.model / "unet_lora")
         save_lora(G.sd.vae, run.model / "vae_lora")
-        save_tensors(run.model / "stage2.safetensors", {f"proj.{k}": v for k, v in G.proj.state_dict().items()})
+        save_tensors(run.model / "stage2.safetensors", own_tensors(G))
         write_json(run.model / "config.json", {"script": "codiff", "base": str(base), "base_sha256": fingerprint(base),
                                                "stage2": asdict(cfg)})
+
+
+def prompt_source(cfg: Stage2, base: Path, model: Path) -> tuple[CaVE | None, nn.Parameter | None]:
+    """(CaVE, None), or for the ablations (None, tokens), learnable or those of the empty caption."""
+    if cfg.prompt == "cave":
+        return load_cave(model), None
+    empty = text_tokens(base, [""])[0]
+    if cfg.prompt == "empty":
+        return None, nn.Parameter(empty, requires_grad=False)
+    return None, nn.Parameter(torch.randn(empty.shape) * 0.02)
+
+
+def own_tensors(G: CODiff) -> dict[str, Tensor]:
+    """The generator's weights besides base, LoRA and CaVE: the linear map, or the ablation's tokens."""
+    return {k: v for k, v in G.state_dict().items() if k.startswith(("proj.", "tokens"))}
 
 
 def update(acc, module, optimizer, cfg: Stage2, step: int) -> None:
@@ -371,34 +429,137 @@ def update(acc, module, optimizer, cfg: Stage2, step: int) -> None:
 
 def load(weights: Path, base: str | None = None) -> CODiff:
     """The trained generator of a run's folder, LoRA fused, on the device at hand, ready for `restore`."""
-    config = read_json(weights / "model" / "config.json")
+    config, model = read_json(weights / "model" / "config.json"), weights / "model"
     if config.get("script") != "codiff":
         raise UserError(f"{weights}: trained by {config.get('script')}.py, not by codiff.py")
     folder = find_base([base or config["base"]])
     if fingerprint(folder) != config["base_sha256"]:
         raise UserError(f"{weights}: trained on a base with SHA-256 {config['base_sha256'][:12]}, but {folder} has "
                         f"{fingerprint(folder)[:12]}; name the right one with --base")
-    model = CODiff(folder, load_cave(weights / "model"), config["stage2"]["T_L"])
-    fuse_lora(model.sd.unet, weights / "model" / "unet_lora")
-    fuse_lora(model.sd.vae, weights / "model" / "vae_lora")
-    tensors, _ = load_tensors(weights / "model" / "stage2.safetensors")
-    try:
-        model.proj.load_state_dict({k.removeprefix("proj."): v for k, v in tensors.items()})
-    except RuntimeError:
-        raise UserError(f"{weights / 'model' / 'stage2.safetensors'}: does not fit this base or CaVE") from None
-    return model.eval().to(device(), memory_format=torch.channels_last)
+    tensors, _ = load_tensors(model / "stage2.safetensors")
+    tokens = tensors.get("tokens")
+    G = CODiff(folder, config["stage2"]["T_L"], None if tokens is not None else load_cave(model),
+               None if tokens is None else nn.Parameter(tokens, requires_grad=False))
+    fuse_lora(G.sd.unet, load_tensors(model / "unet_lora" / LORA_FILE)[0], model / "unet_lora" / LORA_FILE)
+    fuse_lora(G.sd.vae, load_tensors(model / "vae_lora" / LORA_FILE)[0], model / "vae_lora" / LORA_FILE)
+    fill(G, tensors, own_tensors(G), model / "stage2.safetensors")
+    return for_inference(G)
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], wanted, source: Path) -> None:
+    """Loads exactly the `wanted` keys."""
+    tensors, state = {k: v for k, v in tensors.items() if k in wanted}, module.state_dict()
+    bad = [k for k in wanted if k not in tensors or tensors[k].shape != state[k].shape]
+    if bad:
+        raise UserError(f"{source}: does not fit: {bad[0]} is missing or of another size")
+    module.load_state_dict(tensors, strict=False)
+
+
+def load_official(cave_pth: Path, codiff_pkl: Path, base: str | None = None) -> CODiff:
+    """The authors' checkpoints (their README links them), on SD 2.1-base. As released: LoRA scaled by 0.5
+    (lora_alpha stayed at 8), conv_in's own weights trained too. CaVE's decoder, which only training needs and
+    which adds 1 in every block there, is not loaded."""
+    folder, stage1, stage2 = find_base([base] if base else SD21_BASE), paper_values(Stage1), paper_values(Stage2)
+    cave = CaVE(stage1.widths, stage1.blocks)
+    fill(cave, load_pickle(cave_pth), [k for k in cave.state_dict() if not k.startswith(("m_body_decoder", "m_up", "m_tail"))], cave_pth)
+    G, release = CODiff(folder, stage2.T_L, cave), load_pickle(codiff_pkl)
+    for part, key in ((G.sd.unet, "state_dict_unet"), (G.sd.vae, "state_dict_vae")):
+        if not isinstance(release.get(key), dict):
+            raise UserError(f"{codiff_pkl}: not CODiff's checkpoint ({key} is missing)")
+        own = {k.replace(".base_layer", ""): v for k, v in release[key].items() if ".base_layer." in k}
+        fill(part, own, own, codiff_pkl)
+        lora = {re.sub(r"lora_([AB])\.\w+\.", r"lora_\1.", k): v for k, v in release[key].items() if ".lora_" in k}
+        fuse_lora(part, lora, codiff_pkl, scale=0.5)
+    fill(G.proj, release.get("proj", {}), G.proj.state_dict(), codiff_pkl)
+    return for_inference(G)
 
 
 @torch.inference_mode()
-def restore(model: CODiff, image: Image.Image, color_fix: str = "adain") -> Image.Image:
+def restore(model: CODiff, image: Image.Image, color_fix: str = "adain", tile: int | None = None) -> Image.Image:
     """One JPEG-compressed image, any size, to its restored self: one UNet call, no noise drawn.
     DIFFERS: the release resizes to multiples of 8 and samples the latent; here pad, crop, and the mean."""
-    where = model.sd.alpha_bar.device
-    x_lq = to_tensor(image)[None].to(where, memory_format=torch.channels_last)
-    with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
-        x_hat, _ = model(pad_to(x_lq, model.multiple))
+    x_lq = to_tensor(image)[None]
+    x_hat, mosaic = tiled(lambda x, run: model(x, run=run)[0], model.sd, pad_to(x_lq, model.multiple), model.multiple, tile)
     x_hat = x_hat[:, :, :image.height, :image.width].float()
-    return to_image(adain(x_hat, x_lq)[0] if color_fix == "adain" else x_hat[0])
+    if color_fix == "adain":
+        x_hat = adain(x_hat, *(mosaic or (x_hat, x_lq.to(x_hat.device))))
+    return to_image(x_hat[0])
+
+
+# -------------------------------------------------------------------------------- profile, figures
+
+
+def parts(G: CODiff, x_lq: Tensor) -> dict[str, tuple[list[nn.Module], callable]]:
+    """Inference's parts in order, {name: (modules, call)}, on inputs of x_lq's size."""
+    vae, (h, w) = G.sd.vae, x_lq.shape[2:]
+    x = x_lq.to(vae.dtype)
+    z = x.new_zeros(1, vae.config.latent_channels, h // G.sd.f, w // G.sd.f)
+    tokens, c_L = (x.new_zeros(1, h * w // CaVE.stride**2, d) for d in (G.proj.in_features, G.proj.out_features))
+    return {"CaVE, embedding path": ([embedding_path(G.cave)], lambda: G.cave.embed(x)),
+            "linear map": ([G.proj], lambda: G.proj(tokens)),
+            "VAE encoder": ([vae.encoder, vae.quant_conv], lambda: vae.encode(x)),
+            "UNet": ([G.sd.unet], lambda: G.sd.unet(z, G.T_L, c_L)),
+            "VAE decoder": ([vae.decoder, vae.post_quant_conv], lambda: vae.decode(z))}
+
+
+def profile_command(args) -> None:
+    """Table 2: parameters and MACs by part, in the paper's counting and in full; time and memory."""
+    base = find_base([args.base or (SD21_CONFIG if args.paper else TINY_SD)])
+    cfg1, cfg2 = (paper_values(s) if args.paper else s() for s in (Stage1, Stage2))
+
+    def build(lora: bool) -> CODiff:
+        G = CODiff(base, cfg2.T_L, CaVE(cfg1.widths, cfg1.blocks), weights=False)
+        if lora:
+            G.train_lora(cfg2.rank)
+        return G
+    profile(build, parts, args.size, args.time)
+
+
+@torch.inference_mode()
+def read_cave(cave: CaVE, files: list[Path], qfs: list[int], what: str) -> tuple[Tensor, Tensor]:
+    """Mean token (len(qfs), len(files), C) and predicted QF (len(qfs), len(files)) of every file's JPEGs."""
+    c, qf_hat = [], []
+    photos = [read_image(f)[0] for f in files]
+    for qf in tqdm(qfs, what, leave=False, disable=None):
+        maps = [cave.encode((pad_to(to_tensor(jpeg(p, qf))[None], CaVE.stride).to(device()) + 1) / 2)[0] for p in photos]
+        c.append(torch.cat([m.mean((2, 3)) for m in maps]).cpu())
+        qf_hat.append(torch.cat([100 - 100 * cave.qf_pred(m)[:, 0] for m in maps]).cpu())
+    return torch.stack(c), torch.stack(qf_hat)
+
+
+def figures_command(args) -> None:
+    """Fig. 4: CaVE's embeddings by QF in two dimensions (PCA), QFs never trained on ringed in red.
+    Fig. 7: mean squared error of the predicted QF at QF 1 to 6. Dual beside explicit learning."""
+    plt, files = matplotlib(), list_images(args.data or [ROOT / "data" / "photos" / "val"])
+    runs = {}
+    for path in (folder / "model" / "stage1.safetensors" for folder in (args.weights, args.against)):
+        if path.exists() or path.parents[1] == args.weights:
+            runs[load_tensors(path)[1]["config"]["learning"]] = path
+    if len(runs) < 2:
+        note(f"draws {', '.join(runs)} learning only; to compare: codiff.py train --stage 1 --learning explicit --out {args.against}")
+    fig4, axes = plt.subplots(1, len(runs), figsize=(5.2 * len(runs), 4), squeeze=False, layout="constrained")
+    fig7, bars = plt.subplots(figsize=(5, 3), layout="constrained")
+    far, near, results = [1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90], [1, 2, 3, 4, 5, 6], {}
+    for i, (learning, path) in enumerate(runs.items()):
+        cave, cfg = load_cave(path.parent).eval().to(device()), load_tensors(path)[1]["config"]
+        c = read_cave(cave, files, far, f"Fig. 4, {learning}")[0]
+        flat = c.flatten(0, 1) - c.mean((0, 1))
+        xy = (flat @ torch.linalg.svd(flat, full_matrices=False).Vh[:2].T).unflatten(0, c.shape[:2])
+        for qf, points in zip(far, xy):
+            seen = cfg["qf_min"] <= qf <= cfg["qf_max"]
+            axes[0, i].scatter(*points.T, s=30, color=plt.cm.viridis(qf / 95), edgecolors="none" if seen else "red", label=f"QF {qf}")
+        axes[0, i].set_title(f"{learning} learning")
+        error = (read_cave(cave, files, near, f"Fig. 7, {learning}")[1] - torch.tensor(near)[:, None]).square().mean(1).tolist()
+        bars.bar([qf + 0.4 * i - 0.2 for qf in near], error, 0.4, label=f"{learning} learning")
+        results[learning] = dict(zip(map(str, near), error))
+    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    bars.set(xlabel="quality factor", ylabel="QF prediction, MSE")
+    bars.legend()
+    for name, figure in (("fig4", fig4), ("fig7", fig7)):
+        target = args.weights / "samples" / f"{name}.png"
+        atomic(target, lambda tmp: figure.savefig(tmp, dpi=110))
+        print(target)
+    print(text_table(["MSE of the predicted QF at", *map(str, near)], [[k, *v.values()] for k, v in results.items()]))
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -413,34 +574,38 @@ def train_command(args) -> None:
     run = Run(args.out, {"script": "codiff", "base_sha256": fingerprint(base), "seed": args.seed,
                          "data": sorted(str(Path(d).resolve()) for d in data),
                          "stage1": asdict(cfg1), "stage2": asdict(cfg2)}, args.stage, args.resume, args.overwrite)
-    if args.stage in ("1", "all"):
+    if args.stage == "1" or args.stage == "all" and cfg2.prompt == "cave":
         stage1(run, cfg1, data, args.seed)
     if args.stage in ("2", "all"):
         stage2(run, cfg2, base, data, args.seed)
         if run.main:
-            evaluation(run.folder, args.val, [5, 10, 20], base=str(base))
+            evaluation(load(run.folder, str(base)), run.folder, args.val, [5, 10, 20])
             print(f"peak memory: {peak_memory()}")
 
 
-def evaluation(weights: Path, data, qfs: list[int], base: str | None = None, color_fix: str = "adain", extra: bool = False) -> None:
-    files = list_images(data or [ROOT / "data" / "photos" / "val"])
-    model = load(weights, base)
-    plain = SD(find_base([base or read_json(weights / "model" / "config.json")["base"]])).to(device())
+def evaluation(model: CODiff, out: Path, data, qfs: list[int], color_fix: str = "adain", tile: int | None = None, extra: bool = False) -> None:
+    files, picture = list_images(data or [ROOT / "data" / "photos" / "val"]), out / "samples" / "eval.png"
     conditions = {f"JPEG QF {qf}": lambda image, qf=qf: jpeg(image, qf) for qf in qfs}
-    picture = weights / "samples" / "eval.png"
-    results = evaluate(files, conditions, lambda image: restore(model, image, color_fix), plain.eval(), Metrics(device(), extra), picture)
-    write_json(weights / "metrics.json", {"images": [f.name for f in files], "color_fix": color_fix, "results": results})
-    print(f"\ncolour fix: {color_fix}   metrics: {weights / 'metrics.json'}   picture: {picture}")
+    results = evaluate(files, conditions, lambda image: restore(model, image, color_fix, tile), SD(model.base, with_unet=False).to(device()),
+                       Metrics(device(), extra), picture)
+    write_json(out / "metrics.json", {"images": [f.name for f in files], "color_fix": color_fix, "results": results})
+    print(f"\ncolour fix: {color_fix}   metrics: {out / 'metrics.json'}   picture: {picture}")
+
+
+def model_for(args) -> CODiff:
+    model = load_official(*args.weights_official, args.base) if args.weights_official else load(args.weights, args.base)
+    tile_size(args.tile, model.multiple)
+    return model
 
 
 def eval_command(args) -> None:
-    evaluation(args.weights, args.data, args.qf, args.base, args.color_fix, args.metrics == "all")
+    out = ROOT / "runs" / "codiff-official" if args.weights_official else args.weights
+    evaluation(model_for(args), out, args.data, args.qf, args.color_fix, args.tile, args.metrics == "all")
 
 
 def restore_command(args) -> None:
-    pairs = outputs(args.input, args.output)
-    model = load(args.weights, args.base)
-    restore_files(pairs, lambda image: restore(model, image, args.color_fix))
+    pairs, model = outputs(args.input, args.output), model_for(args)
+    restore_files(pairs, lambda image: restore(model, image, args.color_fix, args.tile))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -451,7 +616,12 @@ def main(argv: list[str] | None = None) -> None:
     add_eval(commands, "codiff", eval_command).add_argument("--qf", type=int, nargs="+", default=[5, 10, 20], help="JPEG quality factors")
     for name in ("restore", "eval"):
         commands.choices[name].add_argument("--color-fix", choices=["adain", "none"], default="adain",
-                                            help="AdaIN matches each channel's mean and deviation to the input's (default: adain)")
+                                            help="AdaIN matches each channel's mean and deviation to the input's")
+        commands.choices[name].add_argument("--weights-official", nargs=2, type=Path, metavar=("CAVE.PTH", "CODIFF.PKL"),
+                                            help="the authors' checkpoints in place of a run's (on SD 2.1-base)")
+    add_profile(commands, profile_command)
+    add_figures(commands, "codiff", figures_command).add_argument(
+        "--against", type=Path, default=ROOT / "runs" / "codiff-explicit", help="a second run's folder, for comparison")
     args = cli.parse_args(argv)
     args.run(args)
 

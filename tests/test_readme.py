@@ -26,7 +26,7 @@ def test_every_equation_tag_in_the_script_is_in_the_map(script):
     assert tags <= set(re.findall(r"Eq\. (\d+)", "\n".join(rows))), "an equation is missing from the map"
 
 
-@pytest.mark.parametrize("command", ["train", "restore", "eval"])
+@pytest.mark.parametrize("command", ["train", "restore", "eval", "profile", "figures"])
 def test_the_flags_it_names_exist(command, capsys):
     with pytest.raises(SystemExit):
         codiff.main([command, "--help"])
