@@ -292,7 +292,7 @@ def stage1(run: Run, cfg: Stage1, data: list[Path], seed: int) -> None:
     """Dual learning of CaVE: QF prediction (explicit) and reconstruction (implicit), Sec. 3.2."""
     torch.manual_seed(seed)
     cave = CaVE(cfg.widths, cfg.blocks, cfg.gain, cfg.highpass)
-    w_qf, w_rec = {"dual": (1, cfg.lambda_rec), "explicit": (1, 0), "implicit": (0, cfg.lambda_rec)}[cfg.learning]
+    w_qf, w_rec = {"dual": (1, cfg.lambda_rec), "explicit": (1, 0), "implicit": (0, cfg.lambda_rec)}[cfg.learning]  # Table 4
     acc = run.start(1, cfg, CaVE=cave, embedding=embedding_path(cave))
     pairs = JPEGPairs(data, cfg, CaVE.stride, seed)
     optimizer = torch.optim.Adam(cave.parameters(), cfg.lr)
@@ -360,7 +360,7 @@ def stage2(run: Run, cfg: Stage2, base: Path, data: list[Path], seed: int) -> No
     G, D, opt_G, opt_D = acc.prepare(G, D, opt_G, opt_D)
     G.train(), D.train(), dists.to(acc.device), real.to(acc.device)
     critic = acc.unwrap_model(D)
-    w = {term: float(term in cfg.losses) for term in LOSSES}
+    w = {term: float(term in cfg.losses) for term in LOSSES}  # Table 5; 1 each by default
     shape = (real.vae.config.latent_channels, cfg.crop // real.f, cfg.crop // real.f)
 
     for step, (n, x_lq, x_hq, _) in run.loop(pairs, {"G": G, "D": D}, {"opt_G": opt_G, "opt_D": opt_D}):
@@ -400,7 +400,7 @@ def stage2(run: Run, cfg: Stage2, base: Path, data: list[Path], seed: int) -> No
 
 
 def prompt_source(cfg: Stage2, base: Path, model: Path) -> tuple[CaVE | None, nn.Parameter | None]:
-    """(CaVE, None), or for the ablations (None, tokens), learnable or those of the empty caption."""
+    """(CaVE, None), or for Table 3's ablations (None, tokens), learnable or those of the empty caption."""
     if cfg.prompt == "cave":
         return load_cave(model), None
     empty = text_tokens(base, [""])[0]
