@@ -34,11 +34,11 @@ from tqdm import tqdm
 
 from common import (LORA_FILE, ROOT, SD, SD21_BASE, SD21_CONFIG, TINY_SD, Crops, Discriminator, Metrics, Parser, Run,
                     UserError, adain, add_eval, add_figures, add_lora, add_profile, add_restore, add_train, atomic, both,
-                    device, dists_small, dists_vgg16, evaluate, find_base, fingerprint, for_inference, frozen, fuse_lora,
+                    device, dists_small, dists_vgg16, evaluate, fill, find_base, fingerprint, for_inference, frozen, fuse_lora,
                     gradient_norms, jpeg, layers, list_images, load_pickle, load_tensors, matplotlib, noise_for, note,
-                    outputs, pad_to, paper_values, peak_memory, profile, read_image, read_json, restore_files, rng, run_cli,
+                    outputs, pad_to, paper_values, peak_memory, profile, read_image, read_model, restore_files, rng, run_cli,
                     save_lora, save_tensors, stage_config, text_table, text_tokens, tile_size, tiled, to_image, to_tensor,
-                    trainable, write_json)
+                    trainable, update, write_json)
 
 # ------------------------------------------------------------------------------------ configurations
 
@@ -58,6 +58,7 @@ class Stage1:
     lambda_rec: float    = both(3.0,                  1000.0,              "Sec. 4.1, Eq. 6's lambda")
     lr: float            = both(1e-3,                 2e-5,                "Sec. 4.1")
     decay: float         = both(0.5,                  0.0,                 "ours: last part of the run in which lr falls to 0")
+    clip: float          = both(0.0,                  0.0,                 "ours: gradient norm; 0 clips nothing")
     batch: int           = both(16,                   128,                 "Sec. 4.1")
     steps: int           = both(400,                  200_000,             "Sec. 4.1")
     accumulate: int      = both(1,                    1,                   "ours: micro-batches a step")
@@ -280,11 +281,6 @@ def loss_D(logits_fake: Tensor, logits_real: Tensor) -> Tensor:
     return F.softplus(logits_fake).mean() + F.softplus(-logits_real).mean()
 
 
-def decayed(cfg: Stage1 | Stage2, step: int) -> float:
-    """lr, constant and then linear to zero over the run's last `decay` part."""
-    return cfg.lr * min(1.0, (1 - step / cfg.steps) / cfg.decay if cfg.decay else 1.0)
-
-
 # ------------------------------------------------------------------------------------------ stage 1
 
 
@@ -310,13 +306,11 @@ def stage1(run: Run, cfg: Stage1, data: list[Path], seed: int) -> None:
                 norms = gradient_norms(terms, trainable(cave))
                 acc.print("step 1: " + "  ".join(f"{k} {v:.3g}" for k, v in norms.items()))
             acc.backward(loss)
-            for group in optimizer.param_groups:
-                group["lr"] = decayed(cfg, step)
-            optimizer.step()
-            optimizer.zero_grad()
+            update(acc, cave, optimizer, cfg, step)
         run.log(qf=l_qf, rec=l_rec, loss=loss)
     if acc.is_main_process:
         save_tensors(run.model / "stage1.safetensors", acc.unwrap_model(cave).state_dict(), config=asdict(cfg))
+    acc.wait_for_everyone()  # stage 2 reads that file
 
 
 def embedding_path(cave: CaVE) -> nn.ModuleList:
@@ -414,28 +408,12 @@ def own_tensors(G: CODiff) -> dict[str, Tensor]:
     return {k: v for k, v in G.state_dict().items() if k.startswith(("proj.", "tokens"))}
 
 
-def update(acc, module, optimizer, cfg: Stage2, step: int) -> None:
-    """Clip, step, zero; with accumulation only on a step's last micro-batch (accelerate skips the others)."""
-    if acc.sync_gradients:
-        acc.clip_grad_norm_(trainable(module), cfg.clip)
-    for group in optimizer.param_groups:
-        group["lr"] = decayed(cfg, step)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 # ------------------------------------------------------------------------------- one-step inference
 
 
 def load(weights: Path, base: str | None = None) -> CODiff:
     """The trained generator of a run's folder, LoRA fused, on the device at hand, ready for `restore`."""
-    config, model = read_json(weights / "model" / "config.json"), weights / "model"
-    if config.get("script") != "codiff":
-        raise UserError(f"{weights}: trained by {config.get('script')}.py, not by codiff.py")
-    folder = find_base([base or config["base"]])
-    if fingerprint(folder) != config["base_sha256"]:
-        raise UserError(f"{weights}: trained on a base with SHA-256 {config['base_sha256'][:12]}, but {folder} has "
-                        f"{fingerprint(folder)[:12]}; name the right one with --base")
+    (config, folder), model = read_model(weights, "codiff", base), weights / "model"
     tensors, _ = load_tensors(model / "stage2.safetensors")
     tokens = tensors.get("tokens")
     G = CODiff(folder, config["stage2"]["T_L"], None if tokens is not None else load_cave(model),
@@ -444,15 +422,6 @@ def load(weights: Path, base: str | None = None) -> CODiff:
     fuse_lora(G.sd.vae, load_tensors(model / "vae_lora" / LORA_FILE)[0], model / "vae_lora" / LORA_FILE)
     fill(G, tensors, own_tensors(G), model / "stage2.safetensors")
     return for_inference(G)
-
-
-def fill(module: nn.Module, tensors: dict[str, Tensor], wanted, source: Path) -> None:
-    """Loads exactly the `wanted` keys."""
-    tensors, state = {k: v for k, v in tensors.items() if k in wanted}, module.state_dict()
-    bad = [k for k in wanted if k not in tensors or tensors[k].shape != state[k].shape]
-    if bad:
-        raise UserError(f"{source}: does not fit: {bad[0]} is missing or of another size")
-    module.load_state_dict(tensors, strict=False)
 
 
 def load_official(cave_pth: Path, codiff_pkl: Path, base: str | None = None) -> CODiff:
@@ -587,7 +556,7 @@ def evaluation(model: CODiff, out: Path, data, qfs: list[int], color_fix: str = 
     files, picture = list_images(data or [ROOT / "data" / "photos" / "val"]), out / "samples" / "eval.png"
     conditions = {f"JPEG QF {qf}": lambda image, qf=qf: jpeg(image, qf) for qf in qfs}
     results = evaluate(files, conditions, lambda image: restore(model, image, color_fix, tile), SD(model.base, with_unet=False).to(device()),
-                       Metrics(device(), extra), picture)
+                       Metrics(device(), ("musiq", "maniqa", "clipiqa") if extra else ()), picture)
     write_json(out / "metrics.json", {"images": [f.name for f in files], "color_fix": color_fix, "results": results})
     print(f"\ncolour fix: {color_fix}   metrics: {out / 'metrics.json'}   picture: {picture}")
 

@@ -26,13 +26,13 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.utils import logging
 from peft import LoraConfig
@@ -75,15 +75,16 @@ def torch_rng(device: torch.device | str, *key: int) -> torch.Generator:
 def atomic(path: Path, write) -> None:
     """Calls `write(tmp)` and renames tmp to `path`: a reader sees the old file or the new, never half."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(tmp)
         os.replace(tmp, path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
-        tmp.unlink(missing_ok=True)
+        with suppress(OSError):
+            tmp.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **header) -> None:
@@ -109,21 +110,18 @@ def load_pickle(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # torch raises many kinds for a damaged, foreign or unsafe file
-        raise UserError(f"{path}: not a checkpoint that loads safely ({str(error).splitlines()[0][:120]})") from None
+        raise UserError(f"{path}: not a checkpoint that loads safely ({(str(error) or type(error).__name__).splitlines()[0][:120]})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a checkpoint, but a {type(content).__name__}")
     return content
 
 
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # what BatchNorm learns
-
-
 def pack(modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Flat tensors of all that training changes: trainable parameters, buffers, optimizer moments."""
+    """Flat tensors of all that training changes: trainable parameters, persistent buffers, optimizer moments."""
     out = {}
     for name, module in modules.items():
-        out |= {f"{name}/{k}": p for k, p in module.named_parameters() if p.requires_grad}
-        out |= {f"{name}/{k}": b for k, b in module.named_buffers() if k.endswith(BUFFERS)}
+        parameters = dict(module.named_parameters())
+        out |= {f"{name}/{k}": v for k, v in module.state_dict().items() if k not in parameters or parameters[k].requires_grad}
     for name, optimizer in optimizers.items():
         for i, state in optimizer.state_dict()["state"].items():
             out |= {f"{name}/{i}/{k}": torch.as_tensor(v) for k, v in state.items()}
@@ -145,6 +143,15 @@ def unpack(tensors: dict[str, Tensor], modules, optimizers) -> None:
                 _, i, k = key.split("/")
                 state.setdefault(int(i), {})[k] = v
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], wanted, source: Path) -> None:
+    """Loads exactly the `wanted` keys."""
+    tensors, state = {k: v for k, v in tensors.items() if k in wanted}, module.state_dict()
+    bad = [k for k in wanted if k not in tensors or tensors[k].shape != state[k].shape]
+    if bad:
+        raise UserError(f"{source}: does not fit: {bad[0]} is missing or of another size")
+    module.load_state_dict(tensors, strict=False)
 
 
 # ----------------------------------------------------------------------------------------- images
@@ -223,52 +230,63 @@ def adain(x: Tensor, like: Tensor, reference: Tensor) -> Tensor:
     return torch.addcmul(mean_to - mean * gain, x, gain)
 
 
-def outputs(inputs: list[str], out: str | None) -> list[tuple[Path, Path]]:
-    """(input, output) for every image that `restore` is asked for; see its --help. No input is ever an output."""
-    files = list_images(inputs)
+def outputs(inputs: list[str], out: str | None, suffix: str = ".png", find=list_images) -> list[tuple[Path, Path]]:
+    """(input, output) for every file that `restore` is asked for; see its --help. No input is ever an output."""
+    files = find(inputs)
     out = Path(out) if out else Path("restored")
-    if len(inputs) == 1 and Path(inputs[0]).is_file() and out.suffix.lower() in IMAGE_SUFFIXES:
-        if out.suffix.lower() != ".png":
-            raise UserError(f"-o {out}: results are written as PNG; give a name that ends in .png")
+    if len(inputs) == 1 and Path(inputs[0]).is_file() and out.suffix.lower() in IMAGE_SUFFIXES | {suffix}:
+        if out.suffix.lower() != suffix:
+            raise UserError(f"{out}: results are written as {suffix[1:].upper()}; give a name that ends in {suffix}")
         pairs = [(files[0], out)]
     else:
         if out.is_file():
-            raise UserError(f"-o {out}: is a file; several images need a folder")
+            raise UserError(f"{out}: is a file; several inputs need a folder, one a name that ends in {suffix}")
         roots = [Path(i) for i in inputs]
-        pairs = [(f, out / (f.relative_to(r) if r.is_dir() else Path(f.name)).with_suffix(".png"))
+        pairs = [(f, out / (f.relative_to(r) if r.is_dir() else Path(f.name)).with_suffix(suffix))
                  for r in roots for f in ([r] if r.is_file() else [f for f in files if r in f.parents])]
         clashes = {o for _, o in pairs if sum(o == p for _, p in pairs) > 1} if len({o for _, o in pairs}) < len(pairs) else ()
-        pairs = [(f, o.with_name(f.name + ".png") if o in clashes else o) for f, o in pairs]
+        pairs = [(f, o.with_name(f.name + suffix) if o in clashes else o) for f, o in pairs]
     known = {f.resolve() for f in files}
     for file, target in pairs:
         if target.resolve() in known:
-            raise UserError(f"-o {out}: would overwrite the input {target}; name another file or folder")
+            raise UserError(f"{out}: would overwrite the input {target}; name another file or folder")
     return pairs
 
 
-def restore_files(pairs: list[tuple[Path, Path]], restore) -> None:
-    """Restores each input to its output; a bad file is named, the rest goes on, and the end is an error."""
+def each_file(pairs: list[tuple[Path, Path]], what: str, read, work) -> None:
+    """work(read(input), input, output) -> a remark, for every pair; reads ahead. A bad file is named, the rest goes
+    on, and the end is an error."""
     bad = 0
-    with ThreadPoolExecutor(1) as reader:  # reads the next file while this one is restored
-        coming = reader.submit(read_image, pairs[0][0])
-        for i, (file, target) in enumerate(tqdm(pairs, "restore", disable=None if len(pairs) > 1 else True)):
-            began, image = time.time(), coming
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(read, pairs[0][0])
+        for i, (file, target) in enumerate(tqdm(pairs, what, disable=None if len(pairs) > 1 else True)):
+            began, content = time.time(), coming
             if i + 1 < len(pairs):
-                coming = reader.submit(read_image, pairs[i + 1][0])
+                coming = reader.submit(read, pairs[i + 1][0])
             try:
-                image, alpha = image.result()
-                result = restore(image)
-                if alpha is not None:
-                    result.putalpha(alpha)
-                save_png(result, target)
+                remark = work(content.result(), file, target)
             except UserError as error:
+                if len(pairs) == 1:
+                    raise
                 bad += 1
                 note(f"skipped: {error}")
                 continue
             if len(pairs) < 20:
-                tqdm.write(f"{target}  ({result.width} x {result.height}, {time.time() - began:.2f} s)")
+                tqdm.write(f"{target}  ({remark}, {time.time() - began:.2f} s)")
     if bad:
-        raise UserError(f"{bad} of {len(pairs)} images could not be restored; the others are done")
+        raise UserError(f"{what}: {bad} of {len(pairs)} files could not be done; the others are")
+
+
+def restore_files(pairs: list[tuple[Path, Path]], restore) -> None:
+    """Restores each input image to its output; an alpha channel is kept and put back."""
+    def work(content, file, target):
+        image, alpha = content
+        result = restore(image)
+        if alpha is not None:
+            result.putalpha(alpha)
+        save_png(result, target)
+        return f"{result.width} x {result.height}"
+    each_file(pairs, "restore", read_image, work)
 
 
 def sheet(rows: list[list[Image.Image]], labels: list[str], path: Path) -> None:
@@ -685,6 +703,15 @@ class DISTS(nn.Module):
         return 1 - similarity
 
 
+def sobel(x: Tensor) -> Tensor:
+    """Edges of x (B, 3, H, W): the Sobel magnitude of its luma in [0, 1], sqrt(gx^2 + gy^2 + 1e-6), as three
+    equal channels; mapped as pixels are, [0, 1] to [-1, 1] (strong edges, up to 4, lie beyond)."""
+    luma = ((x + 1) / 2 * torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    gx = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=x.device)
+    g = F.conv2d(F.pad(luma, (1, 1, 1, 1), "replicate"), torch.stack([gx, gx.T])[:, None])
+    return (g.square().sum(1, keepdim=True) + 1e-6).sqrt().expand(-1, 3, -1, -1) * 2 - 1
+
+
 def vgg_stages(widths: list[int], depths: list[int]) -> list[nn.Sequential]:
     stages, c = [], 3
     for width, depth in zip(widths, depths):
@@ -787,13 +814,14 @@ class Metrics:
     """Full-reference metrics on the 8-bit images that a user gets. `names` is the table's header; a value
     is None where its network's weights are not to be had."""
 
-    def __init__(self, device: torch.device, extra: bool = False):
+    def __init__(self, device: torch.device, extra: tuple[str, ...] = (), net: str = "Alex"):
+        """`extra`: metrics of pyiqa; `net`: LPIPS' backbone, Alex or VGG; their values do not compare."""
         self.device, self.lpips, self.dists, self.pyiqa = device, None, None, {}
         try:
             import lpips
             with brief_network(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # lpips calls torchvision by an old keyword
-                self.lpips = lpips.LPIPS(net="alex", verbose=False).to(device)
+                self.lpips = lpips.LPIPS(net=net.lower(), verbose=False).to(device)
             self.dists = dists_vgg16().to(device)
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -804,8 +832,8 @@ class Metrics:
             except ImportError:
                 raise UserError("--metrics all needs pyiqa (non-commercial licence): pip install -e '.[metrics]'") from None
             with brief_network():
-                self.pyiqa = {k: pyiqa.create_metric(k, device=device) for k in ("musiq", "maniqa", "clipiqa")}
-        self.names = ["PSNR", "PSNR-B", "SSIM", "LPIPS-Alex", "DISTS", *(k.upper() for k in self.pyiqa)]
+                self.pyiqa = {k: pyiqa.create_metric(k, device=device) for k in extra}
+        self.names = ["PSNR", "PSNR-B", "SSIM", f"LPIPS-{net}", "DISTS", *(k.upper() for k in self.pyiqa)]
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, target: Image.Image) -> dict[str, float | None]:
@@ -815,7 +843,7 @@ class Metrics:
         xn, yn = (i.to(self.device) / 127.5 - 1 for i in (x, y))
         out = {"PSNR": peak_signal_noise_ratio(x, y, data_range=255.0), "PSNR-B": psnr_b(xl, yl),
                "SSIM": structural_similarity_index_measure(x, y, data_range=255.0) if min(x.shape[2:]) > 10 else None,
-               "LPIPS-Alex": self.lpips(xn, yn) if self.lpips else None,
+               self.names[3]: self.lpips(xn, yn) if self.lpips else None,
                "DISTS": self.dists(xn, yn) if self.dists else None}
         out |= {k.upper(): m((xn + 1) / 2) for k, m in self.pyiqa.items()}
         return {k: None if v is None else float(v) for k, v in out.items()}
@@ -827,6 +855,10 @@ def psnr_b(x: Tensor, y: Tensor) -> Tensor:
     if min(h, w) < 16:
         return torch.tensor(float("nan"))
     return peak_signal_noise_ratio_with_blocked_effect(x[..., :h, :w], y[..., :h, :w], data_range=255.0)
+
+
+def mean(values: list[float | None]) -> float | None:
+    return None if any(v is None for v in values) else sum(values) / len(values)
 
 
 def text_table(header: list[str], rows: list[list]) -> str:
@@ -875,9 +907,6 @@ def evaluate(files: list[Path], conditions: dict[str, callable], restore, sd: SD
     if not used:
         raise UserError(f"eval: none of the {len(files)} images can be read")
 
-    def mean(values):
-        return None if any(v is None for v in values) else sum(values) / len(values)
-
     results = {c: {r: {m: mean([v[m] for v in vs]) for m in vs[0]} for r, vs in rows.items()} for c, rows in sums.items()}
     for name, rows in results.items():
         print(f"\n{name}, {used} images (padded and cropped; 8-bit)")
@@ -912,14 +941,13 @@ def seconds(call, budget: float = 3.0) -> float:
     return statistics.median(times[1:])
 
 
-def profile(build, parts, size: int, timed: bool) -> None:
-    """Prints the complexity table. build(lora) -> model; parts(model, x) -> {name: (modules, call)}."""
-    if size < 1:
-        raise UserError(f"--size {size}: must be at least 1")
+def profile(build, parts, size: tuple[int, int], timed: bool) -> None:
+    """Prints the complexity table for one image of `size` (width, height). build(lora) -> model; parts(model, x) ->
+    {name: (modules, call)}; where names are "phase: part", times are added up by phase too."""
     with torch.device("meta"):
         lora, fused = build(True), build(False)
-        size += -size % fused.multiple  # restoring pads
-        x = torch.empty(1, 3, size, size)
+        width, height = (n + -n % fused.multiple for n in size)  # restoring pads
+        x = torch.empty(1, 3, height, width)
         one, two = parts(lora, x), parts(fused, x)
     rows = []
     for name, (modules, call) in one.items():
@@ -928,7 +956,7 @@ def profile(build, parts, size: int, timed: bool) -> None:
     rows.append(["total", *map(sum, zip(*(r[1:] for r in rows)))])
     columns = ["parameters", "LoRA", "MACs, conv + linear", "MACs, all (LoRA fused)"]
     table = [[r[0], f"{r[1] / 1e6:.2f} M", f"{r[2] / 1e6:.2f} M", f"{r[3] / 1e12:.4g} T", f"{r[4] / 1e12:.4g} T"] for r in rows]
-    print(f"one image of {size} x {size} pixels\n{text_table(['', *columns], table)}")
+    print(f"one image of {width} x {height} pixels\n{text_table(['', *columns], table)}")
     print(f"as the papers count it: {sum(rows[-1][1:3]) / 1e6:.1f} M parameters, LoRA included, and {rows[-1][3] / 1e12:.2f} T MACs of "
           f"convolutions and linear layers,\nLoRA not fused; with all products and LoRA fused it is {rows[-1][4] / 1e12:.2f} T", flush=True)
     if not timed:
@@ -936,12 +964,11 @@ def profile(build, parts, size: int, timed: bool) -> None:
     where = device()
     with torch.inference_mode():
         model = for_inference(build(False))
-        table, real = [], parts(model, torch.rand(1, 3, size, size, device=where))
-        for (name, (_, call)), row in zip(tqdm(real.items(), "timing", leave=False, disable=None), rows):
-            s = seconds(call)
-            table.append([name, f"{1000 * s:.1f}", f"{2e-12 * row[4] / s:.2f}"])
-    total = sum(float(r[1]) for r in table)
-    table.append(["total", f"{total:.1f}", f"{2e-9 * rows[-1][4] / total:.2f}"])
+        real = parts(model, torch.rand(1, 3, height, width, device=where))
+        timings = {name: (seconds(call), row[4]) for (name, (_, call)), row in zip(tqdm(real.items(), "timing", leave=False, disable=None), rows)}
+    phases = [*dict.fromkeys(name.split(":")[0] for name in timings if ":" in name), "total"]
+    sums = {phase: map(sum, zip(*(v for k, v in timings.items() if phase in ("total", k.split(":")[0])))) for phase in phases}
+    table = [[name, f"{1000 * s:.1f}", f"{2e-12 * n / s:.2f}"] for name, (s, n) in (timings | sums).items()]
     name = torch.cuda.get_device_name() if where.type == "cuda" else f"{where.type}, {torch.get_num_threads()} threads"
     print(f"\n{name}, {str(inference_dtype()).removeprefix('torch.')}, random weights\n{text_table(['', 'ms', 'TFLOP/s'], table)}\npeak memory: {peak_memory()}")
 
@@ -971,6 +998,18 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path}: no such file; is {path.parent.parent} a run's folder?") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
+
+
+def read_model(weights: Path, script: str, base: str | None) -> tuple[dict, Path]:
+    """(model/config.json of a run's folder, the base's folder), if it is this script's and the base is the same."""
+    config = read_json(weights / "model" / "config.json")
+    if config.get("script") != script:
+        raise UserError(f"{weights}: trained by {config.get('script')}.py, not by {script}.py")
+    folder = find_base([base or config["base"]])
+    if fingerprint(folder) != config["base_sha256"]:
+        raise UserError(f"{weights}: trained on a base with SHA-256 {config['base_sha256'][:12]}, but {folder} has "
+                        f"{fingerprint(folder)[:12]}; name the right one with --base")
+    return config, folder
 
 
 class Run:
@@ -1008,11 +1047,13 @@ class Run:
 
     # ---- one stage
 
-    def start(self, stage: int, cfg, **modules: nn.Module) -> Accelerator:
-        """Prepares a stage: prints its configuration and modules, returns its Accelerator."""
+    def start(self, stage: int, cfg, some_unused: bool = False, **modules: nn.Module) -> Accelerator:
+        """Prepares a stage: prints its configuration and modules, returns its Accelerator. `some_unused`: not every
+        step uses every parameter, which several processes must know."""
         cuda = torch.cuda.is_available()
         self.accelerator = Accelerator(mixed_precision="bf16" if cuda and torch.cuda.is_bf16_supported() else "no",
-                                       gradient_accumulation_steps=cfg.accumulate, cpu=device().type == "cpu")
+                                       gradient_accumulation_steps=cfg.accumulate, cpu=device().type == "cpu",
+                                       kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=some_unused)])
         self.stage, self.cfg = stage, cfg
         say = self.accelerator.print
         say(f"\nstage {stage} on {self.accelerator.device.type} x {self.accelerator.num_processes}, {self.accelerator.mixed_precision} mixed precision")
@@ -1023,7 +1064,8 @@ class Run:
 
     def loop(self, data: torch.utils.data.Dataset, modules: dict[str, nn.Module], optimizers: dict):
         """Yields (step, batch) for every micro-batch, from where the run last stood; does the rest between
-        steps: log, bar, checkpoint, Ctrl-C. The loop's body calls `self.log(name=value, ...)`."""
+        steps: log, bar, checkpoint, Ctrl-C. The loop's body calls `self.log(name=value, ...)`; a name with an @ is
+        for the log only, not for the bar."""
         acc, cfg, self.terms = self.accelerator, self.cfg, {}
         path, log = self.folder / "last" / f"stage{self.stage}.safetensors", self.folder / "log.jsonl"
         raw = {k: acc.unwrap_model(m) for k, m in modules.items()}
@@ -1066,7 +1108,7 @@ class Run:
                             f.write(json.dumps({"stage": self.stage, "step": step, **row}) + "\n")
                     except OSError as error:
                         raise UserError(f"{log}: cannot be written ({error.strerror}); mend that and continue with --resume") from None
-                shown = {k: f"{v:.4f}" for k, v in smooth.items()}
+                shown = {k: f"{v:.4f}" for k, v in smooth.items() if "@" not in k}
                 bar.set_postfix(shown, refresh=False)
                 if bar.disable and acc.is_main_process and ((step + 1) % max(1, cfg.steps // 10) == 0 or step == first):
                     pace = (time.time() - began) / (step + 1 - first)
@@ -1107,6 +1149,21 @@ class Interrupt:
 
     def __exit__(self, *_):
         signal.signal(signal.SIGINT, self.before)
+
+
+def decayed(cfg, step: int) -> float:
+    """lr, constant and then linear to zero over the run's last `decay` part."""
+    return cfg.lr * min(1.0, (1 - step / cfg.steps) / cfg.decay if cfg.decay else 1.0)
+
+
+def update(acc: Accelerator, module: nn.Module, optimizer, cfg, step: int) -> None:
+    """Clip, step, zero; with accumulation only on a step's last micro-batch (accelerate skips the others)."""
+    if acc.sync_gradients and cfg.clip:
+        acc.clip_grad_norm_(trainable(module), cfg.clip)
+    for group in optimizer.param_groups:
+        group["lr"] = decayed(cfg, step)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def count(module: nn.Module, trainable: bool = False) -> int:
@@ -1198,7 +1255,7 @@ def stage_config(stage: type, prefix: str, args: argparse.Namespace):
         for v in value if isinstance(value, tuple) else (value,):
             if f.metadata["choices"] and v not in f.metadata["choices"]:
                 raise UserError(f"{flag(prefix, f)} {v}: choose from {', '.join(f.metadata['choices'])}")
-    for k in ("steps", "batch", "accumulate", "crop", "rank", "save_every"):
+    for k in ("steps", "batch", "accumulate", "crop", "zoom", "rank", "save_every"):
         if values.get(k, 1) < 1:
             raise UserError(f"--{prefix}-{k.replace('_', '-')} {values[k]}: must be at least 1")
     return stage(**values)
@@ -1210,7 +1267,7 @@ def add_train(commands, script: str, stages: dict[str, type], run) -> argparse.A
     p.add_argument("--paper", action="store_true", help="the paper's base, hyper-parameters and losses; needs --data")
     p.add_argument("--data", nargs="+", metavar="DIR", help="folders of training photographs (default: the bundled ones)")
     p.add_argument("--val", nargs="+", metavar="DIR", help="photographs for the evaluation (default: the bundled ones)")
-    p.add_argument("--base", help="a diffusers folder or hub id (default: data/tiny-sd; with --paper SD 2.1-base)")
+    p.add_argument("--base", help="a diffusers folder or hub id (default: data/tiny-sd; with --paper the paper's Stable Diffusion)")
     p.add_argument("--out", type=Path, default=ROOT / "runs" / script, help="the run's folder")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -1225,19 +1282,19 @@ def add_restore(commands, script: str, run) -> argparse.ArgumentParser:
     p = commands.add_parser("restore", help="restore images", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("input", nargs="+", help="images, or folders of images")
     p.add_argument("-o", "--output", help="a .png for one image, else a folder (default: restored/)")
-    return _add_weights(p, script, run)
+    return add_weights(p, script, run)
 
 
 def add_eval(commands, script: str, run) -> argparse.ArgumentParser:
     p = commands.add_parser("eval", help="the paper's table", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", nargs="+", metavar="DIR", help="original photographs (default: the bundled ones)")
-    p.add_argument("--metrics", choices=["basic", "all"], default="basic", help="all adds MUSIQ, MANIQA, CLIPIQA (extra: metrics)")
-    return _add_weights(p, script, run)
+    p.add_argument("--metrics", choices=["basic", "all"], default="basic", help="all adds those without a reference, by pyiqa (extra: metrics)")
+    return add_weights(p, script, run)
 
 
 def add_profile(commands, run) -> argparse.ArgumentParser:
     p = commands.add_parser("profile", help="parameters, MACs, time, memory", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--size", type=int, default=1024, help="the image is SIZE x SIZE pixels")
+    p.add_argument("--size", type=picture_size, default="1024", help="of the image in pixels: 1024, or 768x512")
     p.add_argument("--paper", action="store_true", help="the paper's base and widths; nothing is downloaded, weights are random")
     p.add_argument("--base", help="a diffusers folder (default: data/tiny-sd; with --paper data/sd21-base, configs only)")
     p.add_argument("--time", action=argparse.BooleanOptionalAction, default=True, help="time it on this device; counting takes seconds")
@@ -1253,13 +1310,21 @@ def add_figures(commands, script: str, run) -> argparse.ArgumentParser:
     return p
 
 
-def _add_weights(p, script, run):
+def add_weights(p, script, run):
     p.add_argument("--weights", type=Path, default=ROOT / "runs" / script, help="a run's folder")
     p.add_argument("--base", help="the diffusers folder or hub id it was trained on (default: as recorded)")
     p.add_argument("--tile", type=int, metavar="PX", help="work in windows of PX x PX pixels: memory no longer grows with the image")
     p.add_argument("--max-pixels", type=max_pixels, help="largest image to open; Pillow's own limit otherwise")
     p.set_defaults(run=run)
     return p
+
+
+def picture_size(text: str) -> tuple[int, int]:
+    """'768x512' -> (768, 512), '1024' -> (1024, 1024)."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and (height or width).isdecimal() and int(width) and int(height or width)):
+        raise argparse.ArgumentTypeError(f"{text}: give pixels, as 1024 or 768x512")
+    return int(width), int(height or width)
 
 
 def max_pixels(text: str) -> int:

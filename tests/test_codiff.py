@@ -166,9 +166,9 @@ def val(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory, val):
-    """The default command line, at reduced steps, from a folder that is not the repo's."""
+    """The default command line, at reduced steps and on one small photograph, from a folder that is not the repo's."""
     out = tmp_path_factory.mktemp("runs") / "codiff"
-    done = command("train", "--out", out, "--s1-steps", 6, "--s2-steps", 6, "--s1-save-every", 2, "--s2-save-every", 2,
+    done = command("train", "--out", out, "--s1-steps", 6, "--s2-steps", 6, "--s1-save-every", 2, "--s2-save-every", 2, "--val", val,
                    cwd=tmp_path_factory.mktemp("elsewhere"))
     assert done.returncode == 0, done.stderr
     return out, done
@@ -188,10 +188,10 @@ def test_train_end_to_end(run):
                      "model/config.json", "model/stage1.safetensors", "model/stage2.safetensors",
                      "model/unet_lora/pytorch_lora_weights.safetensors", "model/vae_lora/pytorch_lora_weights.safetensors"}
     results = json.loads((out / "metrics.json").read_text())["results"]
-    for rows in results.values():  # 8 bit, 2 images; a JPEG at QF 5 is worse than at QF 20
+    for rows in results.values():  # 8 bit; a JPEG at QF 5 is worse than at QF 20
         assert rows["VAE(original)"]["PSNR"] > rows["VAE(compressed)"]["PSNR"]
     assert results["JPEG QF 20"]["compressed"]["PSNR"] > results["JPEG QF 5"]["compressed"]["PSNR"] + 2
-    assert Image.open(out / "samples" / "eval.png").width > 1000
+    assert Image.open(out / "samples" / "eval.png").width > 4 * 160
 
 
 def test_restore_a_folder_of_any_sizes(run, tmp_path, capsys):
@@ -508,13 +508,13 @@ def full_disk(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_full_disk_loses_nothing(run, uninterrupted, tmp_path, val, capsys):
+def test_full_disk_loses_nothing(run, uninterrupted, tmp_path, val):
     old = tmp_path / "cat.png"
     Image.new("RGB", (4, 4)).save(old)
     before = old.read_bytes()
-    with full_disk(10_000), pytest.raises(UserError, match="1 of 1"):
+    with full_disk(10_000), pytest.raises(UserError, match="cat.png: cannot be written"):
         codiff.main(["restore", str(val / "cat.png"), "-o", str(old), "--weights", str(run[0])])
-    assert "cat.png: cannot be written" in capsys.readouterr().err and old.read_bytes() == before
+    assert old.read_bytes() == before
     args = [*train_args(tmp_path / "run", val), "--stage", "1"]
     with full_disk(1_000_000), pytest.raises(UserError, match="stage1.safetensors: cannot be written"):
         codiff.main(args)  # the first checkpoint, after step 5, has 7 MB
@@ -536,8 +536,8 @@ def test_full_disk_loses_nothing(run, uninterrupted, tmp_path, val, capsys):
     (["eval", "--data", "nowhere"], "nowhere"), (["restore", "{photo}", "--tile", "100"], "--tile 100"), (["restore", "{photo}", "--tile", "32"], "at least 128"),
     (["train", "--out", "{new}", "--prompt", "dape"], "--prompt dape: choose from cave"), (["train", "--out", "{new}", "--losses", "l2,l3"], "--losses l3"),
     (["figures", "--weights", "{empty}"], "stage1.safetensors"), (["restore", "{photo}", "--weights-official", "{text}", "{zero}", "--base", "{base}"], "notes.jpg"),
-    (["restore", "{bomb}"], "--max-pixels"), (["profile", "--base", "{empty}"], "unet/config.json"), (["profile", "--size", "0"], "--size 0")])
-def test_bad_input(run, tmp_path, monkeypatch, capsys, args, says):
+    (["restore", "{bomb}"], "--max-pixels"), (["profile", "--base", "{empty}"], "unet/config.json")])
+def test_bad_input(run, tmp_path, monkeypatch, args, says):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.jpg").write_text("not a picture")
     (tmp_path / "zero.jpg").write_bytes(b"")
@@ -551,12 +551,10 @@ def test_bad_input(run, tmp_path, monkeypatch, capsys, args, says):
     with pytest.raises(UserError) as error:
         codiff.main(args)
     message = str(error.value)
-    if "could not be restored" in message:  # then the reason went to stderr, one line a file
-        message = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped"))
     assert says in message and "\n" not in message
 
 
-@pytest.mark.parametrize("args", [["train", "--s1-lr", "fast"], ["sharpen"], ["train", "--no-such-flag"], ["eval", "--data", "nowhere"]])
+@pytest.mark.parametrize("args", [["train", "--s1-lr", "fast"], ["sharpen"], ["train", "--no-such-flag"], ["eval", "--data", "nowhere"], ["profile", "--size", "0"], ["profile", "--size", "0x9"]])
 def test_an_error_is_one_line_and_exit_code_2(args, capsys):
     with pytest.raises(SystemExit) as end:
         run_cli(lambda: codiff.main(args))

@@ -7,6 +7,7 @@ from functools import reduce
 import pytest
 
 import codiff
+import oscar
 from common import ROOT
 
 TEXT = (ROOT / "README.md").read_text()
@@ -19,19 +20,20 @@ def test_every_name_in_the_map_exists():
         assert reduce(getattr, name.split("."), importlib.import_module(module)), f"{module}.{name}"
 
 
-@pytest.mark.parametrize("script", ["codiff"])
+@pytest.mark.parametrize("script", ["codiff", "oscar"])
 def test_every_equation_tag_in_the_script_is_in_the_map(script):
     tags = set(re.findall(r"Eq\. (\d+)", (ROOT / f"{script}.py").read_text()))
     rows = [line for line in TEXT.splitlines() if line.lower().startswith(f"| {script} |")]
     assert tags <= set(re.findall(r"Eq\. (\d+)", "\n".join(rows))), "an equation is missing from the map"
 
 
-@pytest.mark.parametrize("command", ["train", "restore", "eval", "profile", "figures"])
-def test_the_flags_it_names_exist(command, capsys):
-    with pytest.raises(SystemExit):
-        codiff.main([command, "--help"])
-    said = capsys.readouterr().out
-    lines = re.findall(rf"codiff\.py {command}([^\n`]*)", TEXT)
-    assert lines
-    for flag in {flag for line in lines for flag in re.findall(r"--[a-z0-9-]+", line.split("#")[0])}:
-        assert flag in said, f"{command} {flag}"
+@pytest.mark.parametrize("script, commands", [(codiff, "train restore eval profile figures"), (oscar, "train compress decompress eval profile figures")])
+def test_the_flags_it_names_exist(script, commands, capsys):
+    for command in commands.split():
+        with pytest.raises(SystemExit):
+            script.main([command, "--help"])
+        said = capsys.readouterr().out
+        lines = re.findall(rf"{script.__name__}\.py {command}([^\n`]*)", TEXT)
+        assert lines, command
+        for flag in {flag for line in lines for flag in re.findall(r"--[a-z0-9-]+", line.split("#")[0])}:
+            assert flag in said, f"{command} {flag}"
