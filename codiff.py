@@ -574,7 +574,7 @@ def eval_command(args) -> None:
 
 def restore_command(args) -> None:
     pairs, model = outputs(args.input, args.output), model_for(args)
-    restore_files(pairs, lambda image: restore(model, image, args.color_fix, args.tile))
+    restore_files(pairs, lambda image: (restore(model, image, args.color_fix, args.tile), ""))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -271,21 +271,20 @@ def each_file(pairs: list[tuple[Path, Path]], what: str, read, work) -> None:
                 bad += 1
                 note(f"skipped: {error}")
                 continue
-            if len(pairs) < 20:
-                tqdm.write(f"{target}  ({remark}, {time.time() - began:.2f} s)")
+            tqdm.write(f"{target}  ({remark}, {time.time() - began:.2f} s)")
     if bad:
         raise UserError(f"{what}: {bad} of {len(pairs)} files could not be done; the others are")
 
 
 def restore_files(pairs: list[tuple[Path, Path]], restore) -> None:
-    """Restores each input image to its output; an alpha channel is kept and put back."""
+    """Restores each input image to its output, restore(image) -> (image, remark); an alpha channel is kept and put back."""
     def work(content, file, target):
         image, alpha = content
-        result = restore(image)
+        result, remark = restore(image)
         if alpha is not None:
             result.putalpha(alpha)
         save_png(result, target)
-        return f"{result.width} x {result.height}"
+        return f"{result.width} x {result.height}{remark}"
     each_file(pairs, "restore", read_image, work)
 
 
@@ -338,11 +337,14 @@ class Crops(torch.utils.data.Dataset):
     def order(self, epoch: int) -> np.ndarray:
         return rng(self.seed, 0, epoch).permutation(len(self.files))
 
-    def crop(self, n: int) -> np.ndarray:
+    def file(self, n: int) -> Path:
         epoch, i = divmod(n, len(self.files))
-        while (photo := self.read(self.files[self.order(epoch)[i % len(self.files)]])) is None:
+        while self.read(file := self.files[self.order(epoch)[i % len(self.files)]]) is None:
             i += 1
-        r = rng(self.seed, 1, n)
+        return file
+
+    def crop(self, n: int) -> np.ndarray:
+        photo, r = self.read(self.file(n)), rng(self.seed, 1, n)
         y, x = (r.integers(side - self.size + 1) for side in photo.shape[:2])
         a = np.rot90(photo[y:y + self.size, x:x + self.size], r.integers(4))
         return a[:, ::-1] if r.random() < 0.5 else a
@@ -362,22 +364,22 @@ SD21_CONFIG = ROOT / "data" / "sd21-base"  # its configs, no weights: for counti
 TINY_SD = ROOT / "data" / "tiny-sd"
 
 
-def find_base(names: list[str | Path]) -> Path:
-    """The first of `names`, diffusers folders or hub ids, that can be had, as a local folder."""
+def find_base(names: list[str | Path], flag: str = "--base",
+              parts: tuple[str, ...] = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")) -> Path:
+    """The first of `names`, diffusers folders or hub ids, that can be had, as a local folder. `flag` asked for it."""
     tried = []
     for name in map(str, names):
         if Path(name).is_dir():
             if not (Path(name) / "unet" / "config.json").exists():
-                raise UserError(f"--base {name}: not a diffusers folder (unet/config.json is missing)")
+                raise UserError(f"{flag} {name}: not a diffusers folder (unet/config.json is missing)")
             return Path(name)
         try:
             from huggingface_hub import snapshot_download
-            parts = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
             wanted = [f"{p}/*.json" for p in parts] + ["tokenizer/*.txt"] + [f"{p}/*model.safetensors" for p in parts]
             return Path(snapshot_download(name, allow_patterns=[*wanted, *(f"{p}/*model-0*.safetensors" for p in parts)]))
         except Exception as error:  # no network, no such repository, no access: all the same to the user
             tried.append(f"{name} ({type(error).__name__})")
-    raise UserError(f"no base model: tried {', '.join(tried)}; give a local diffusers folder with --base DIR")
+    raise UserError(f"no base model: tried {', '.join(tried)}; give a local diffusers folder with {flag} DIR")
 
 
 @functools.lru_cache
@@ -426,23 +428,42 @@ class SD(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         return self.vae.decode((z / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
 
+    def alpha_bar_at(self, t: int | Tensor) -> Tensor:
+        """alpha_bar at integer timesteps; at real ones, log-SNR = log(alpha_bar / (1 - alpha_bar)) is interpolated
+        linearly between the neighbouring integers, differentiably."""
+        if not torch.is_tensor(t) or not t.is_floating_point():
+            return self.alpha_bar[t]
+        below = t.detach().floor().long().clamp(0, len(self.alpha_bar) - 2)
+        snr = self.alpha_bar.logit()
+        return torch.lerp(snr[below], snr[below + 1], (t - below).to(snr.dtype)).sigmoid()
+
     def x0(self, z_t: Tensor, out: Tensor, t: int | Tensor) -> Tensor:
         """The clean latent that the UNet's output `out` at timestep t implies, in float32.
         epsilon: x0 = (z_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar);  v: x0 = sqrt(alpha_bar) z_t - sqrt(1 - alpha_bar) v."""
-        a = self.alpha_bar[t].view(-1, 1, 1, 1)
+        a = self.alpha_bar_at(t).view(-1, 1, 1, 1)
         z_t, out = z_t.float(), out.float()
         if self.prediction == "epsilon":
             return (z_t - (1 - a).sqrt() * out) / a.sqrt()
         return a.sqrt() * z_t - (1 - a).sqrt() * out
 
 
-@torch.no_grad()
-def text_tokens(base: Path, texts: list[str]) -> Tensor:
-    """The base's own text encoder: (B, 77, D) tokens, captions padded or cut to its length."""
+def text_encoder(base: Path):
+    """(tokenizer, frozen text encoder) of the base; `token_ids` makes the one's output the other's input."""
     from transformers import CLIPTextModel, CLIPTokenizer
-    tokenizer, encoder = load_part(CLIPTokenizer, base, "tokenizer"), load_part(CLIPTextModel, base, "text_encoder")
-    ids = tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt")
-    return encoder(ids.input_ids)[0]
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()  # a second of loading needs none
+    return load_part(CLIPTokenizer, base, "tokenizer"), load_part(CLIPTextModel, base, "text_encoder").requires_grad_(False)
+
+
+def token_ids(tokenizer, texts: list[str]) -> Tensor:
+    """(B, L) ids, captions padded or cut to the encoder's length, 77."""
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+
+
+def text_tokens(base: Path, texts: list[str]) -> Tensor:
+    """The text encoder's last hidden states (B, L, D)."""
+    tokenizer, encoder = text_encoder(base)
+    return encoder(token_ids(tokenizer, texts))[0]
 
 
 def inference_dtype() -> torch.dtype:
@@ -775,24 +796,53 @@ class Discriminator(nn.Module):
 
     The UNet's own weights are frozen, its graph is not: gradients pass through it to the generator, and
     reach the LoRA, the prompt and the head (in released code the UNet runs under no_grad, which leaves
-    the generator's GAN term a constant). Whether z is noised, and at which t, is the caller's choice."""
+    the generator's GAN term a constant). Whether z is noised, and at which t, is the caller's choice.
 
-    def __init__(self, base: Path, rank: int, tokens: int = 77):
+    It learns a prompt of `tokens` tokens, or maps conditions of width `given` linearly to the UNet's. Any
+    UNet will do, SDXL's too (its pooled text is zero, its sizes the latent's): latents come with the scaling
+    factor of `sd`, where that is another model, and take on that of the UNet's own VAE."""
+
+    def __init__(self, base: Path, rank: int, tokens: int = 77, given: int | None = None, sd: SD | None = None):
         super().__init__()
         self.unet = load_part(UNet2DConditionModel, base, "unet").requires_grad_(False)
         # Without up blocks and output layers, the UNet's "sample" is its mid-block feature map.
         self.unet.up_blocks, self.unet.conv_norm_out, self.unet.conv_out = nn.ModuleList(), None, nn.Identity()
         add_lora(self.unet, rank, layers(self.unet, ("down_blocks", "mid_block")))
         width, c = self.unet.config.block_out_channels[-1], self.unet.config.cross_attention_dim
-        self.prompt = nn.Parameter(torch.randn(1, tokens, c) * 0.02)
+        if given:
+            self.proj = nn.Linear(given, c)
+        else:
+            self.prompt = nn.Parameter(torch.randn(1, tokens, c) * 0.02)
         self.head = nn.Sequential(nn.Conv2d(width, 2 * width, 4, 2, 1), nn.GroupNorm(32, 2 * width), nn.SiLU(),
                                   nn.Conv2d(2 * width, 1, 4, 1, 2))
+        self.rescale = 1.0
+        if sd:
+            try:
+                ours, theirs = sd.vae.config, AutoencoderKL.load_config(base, subfolder="vae", local_files_only=True)
+            except OSError:
+                raise UserError(f"--disc-base {base}: vae/config.json is missing; it tells how latents are scaled") from None
+            if self.unet.config.in_channels != ours.latent_channels:
+                raise UserError(f"--disc-base {base}: its UNet takes {self.unet.config.in_channels} latent channels, "
+                                f"but the base's VAE makes {ours.latent_channels}; name another UNet")
+            self.rescale = theirs["scaling_factor"] / ours.scaling_factor
+            schedule = load_part(DDPMScheduler, base, "scheduler").alphas_cumprod.float()
+            self.register_buffer("alpha_bar", schedule, persistent=False)
 
-    def forward(self, z: Tensor, t: int | Tensor, c: Tensor | None = None) -> Tensor:
-        """Logits (B, 1, h, w), high for real; c (B, L, D) replaces the learned prompt."""
-        c = self.prompt.expand(len(z), -1, -1) if c is None else c
+    def forward(self, z: Tensor, t: int | Tensor, c: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        """Logits (B, 1, h, w), high for real; c (B, L, D): the given condition; `noise`: z is noised to t first."""
+        c = self.prompt.expand(len(z), -1, -1) if c is None else self.proj(c)
         t = torch.as_tensor(t, device=z.device).expand(len(z))
-        return self.head(self.unet(z, t, c).sample)
+        z = z * self.rescale
+        if noise is not None:
+            a = self.alpha_bar[t].view(-1, 1, 1, 1)
+            z = a.sqrt() * z + (1 - a).sqrt() * noise
+        extra = None
+        if self.unet.config.addition_embed_type == "text_time":
+            h, w = (8 * n for n in z.shape[2:])  # in pixels, of which SDXL's latents have an eighth
+            sizes = torch.tensor([h, w, 0, 0, h, w], device=z.device, dtype=z.dtype).expand(len(z), -1)
+            pooled = self.unet.config.projection_class_embeddings_input_dim - 6 * self.unet.config.addition_time_embed_dim
+            extra = {"text_embeds": z.new_zeros(len(z), pooled), "time_ids": sizes}
+        return self.head(self.unet(z, t, c, added_cond_kwargs=extra).sample)
 
 
 @contextmanager

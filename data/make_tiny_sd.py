@@ -10,7 +10,8 @@ resumable (run the same command again), on CUDA or a CPU:
        64x64. There the decoder comes to rely on that size: GroupNorm sees a fixed share of zero-padded
        border, and contrast is wrong at any other (27.8 dB at 64x64, 19.7 at 256x256; after a phase of
        192x192 alone 27.1 there, 24.6 at 288x288). So it ends on crops of 64 to 288 pixels a side.
-    2. text encoder + UNet: text-to-image noise prediction on the latents, as Stable Diffusion.
+    2. text encoder + UNet: text-to-image noise prediction on the latents, as Stable Diffusion; the text encoder
+       also learns to tell captions apart, as CLIP.
     3. validation figures, written to `data/tiny-sd/README.md` with the recipe.
 
 Matrices are trained with Muon (orthogonalised momentum, Jordan et al. 2024), the rest with AdamW.
@@ -31,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from common import (ROOT, UserError, atomic, list_images, load_tensors, note, pack, read_image, rng,
+from common import (ROOT, UserError, atomic, list_images, load_part, load_tensors, note, pack, read_image, rng,
                     run_cli, save_tensors, to_tensor, torch_rng, unpack)
 
 LATENTS, WIDTHS, TEXT = 16, (16, 32, 64, 128), 96
@@ -67,16 +68,17 @@ def orthogonal(g: Tensor) -> Tensor:
     return x.T if tall else x
 
 
-def optimizers(parts: dict[float, list[torch.nn.Module]], lr: float, adam_lr: float):
-    """Muon and AdamW over modules; the dict's keys scale the learning rates."""
-    muon, adam = [], []
+def optimizers(parts: dict[float, list[torch.nn.Module]], lr: float, adam_lr: float, plain: list[torch.nn.Module] = []):
+    """Muon and AdamW over modules; the dict's keys scale the learning rates. AdamW alone for the `plain` ones."""
+    muon, adam = [], [{"params": [p for m in plain for p in m.parameters()], "lr": adam_lr, "base": adam_lr}] if plain else []
     for scale, modules in parts.items():
         params = [p for m in modules for p in m.parameters()]
         wide = [p for p in params if p.ndim >= 2 and min(p.shape[:2]) >= 8 and p.shape[0] < 1000]
         ids = {id(p) for p in wide}
         muon.append({"params": wide, "lr": lr * scale, "base": lr * scale})
         adam.append({"params": [p for p in params if id(p) not in ids], "lr": adam_lr * scale, "base": adam_lr * scale})
-    return {"muon": Muon(muon, lr), "adam": torch.optim.AdamW(adam, adam_lr, betas=(0.9, 0.99), weight_decay=0.0)}
+    adamw = torch.optim.AdamW(adam, adam_lr, betas=(0.9, 0.99), weight_decay=0.0)
+    return {"muon": Muon(muon, lr), "adam": adamw} if muon else {"adam": adamw}
 
 
 @torch.no_grad()
@@ -222,27 +224,57 @@ def cache_latents(vae, photos, device) -> list[list[Tensor]]:
     return out
 
 
-def train_unet(unet, text, tokenizer, scheduler, latents, captions, work, steps, batch, device) -> float:
+class ImageTower(torch.nn.Module):
+    """The other half of a small CLIP (Radford et al. 2021): latents (B, C, h, w) and the text encoder's last token to
+    a common space, in which picture and caption shall find each other within the batch."""
+
+    def __init__(self):
+        super().__init__()
+        widths, layers = (LATENTS, 64, 128, 128), []
+        for a, b in zip(widths, widths[1:]):
+            layers += [torch.nn.Conv2d(a, b, 3, 2, 1), torch.nn.SiLU()]
+        self.image = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(widths[-1], TEXT))
+        self.text, self.log_scale = torch.nn.Linear(TEXT, TEXT), torch.nn.Parameter(torch.tensor(2.0))
+
+    def loss(self, z: Tensor, e_text: Tensor) -> Tensor:
+        a, b = F.normalize(self.image(z), dim=1), F.normalize(self.text(e_text[:, -1]), dim=1)
+        logits, right = self.log_scale.exp() * a @ b.T, torch.arange(len(z), device=z.device)
+        return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+
+
+def train_unet(unet, text, tokenizer, scheduler, latents, captions, work, steps, batch, device, text_only: bool = False) -> float:
     ids = tokenizer(captions + [""], padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
     alpha_bar = scheduler.alphas_cumprod.to(device)
-    optims = optimizers({1.0: [unet, text]}, 0.01, 1e-3)
+    # Denoising alone teaches so small a text encoder to forget its words (captions' outputs then differ by 3e-6 of
+    # their power); Stable Diffusion's comes from CLIP, which tells captions apart.
+    clip = ImageTower().to(device)
+    unet.requires_grad_(not text_only)
+    optims = optimizers({} if text_only else {1.0: [unet]}, 0.01, 1e-3, [text, clip])
+    spoken = np.array([i for i, c in enumerate(captions) if c])
+
+    def windows(which, half, r):
+        views = [latents[i][half] for i in which]
+        size = min(24, *(n for v in views for n in v.shape[1:])) // 4 * 4
+        corners = [[r.integers(n - size + 1) for n in v.shape[1:]] for v in views]
+        return torch.stack([v[:, y:y + size, x:x + size] for v, (y, x) in zip(views, corners)])
 
     def loss_at(step):
         r, g = rng(3, step), torch_rng("cpu", 4, step)
         which, half = r.integers(len(latents), size=batch), r.integers(2)
-        views = [latents[i][half] for i in which]
-        size = min(24, *(n for v in views for n in v.shape[1:])) // 4 * 4
-        corners = [[r.integers(n - size + 1) for n in v.shape[1:]] for v in views]
-        z = torch.stack([v[:, y:y + size, x:x + size] for v, (y, x) in zip(views, corners)])
+        z = windows(which, half, r)
         which[r.random(batch) < 0.1] = -1  # the empty caption, for guidance
         t = torch.randint(len(alpha_bar), (batch,), generator=g).to(device)
         eps = torch.randn(z.shape, generator=g).to(device)
         a = alpha_bar[t].view(-1, 1, 1, 1)
         e_text = text(ids[which].to(device)).last_hidden_state
         eps_hat = unet(a.sqrt() * z + (1 - a).sqrt() * eps, t, e_text).sample
-        return {"loss": F.mse_loss(eps_hat, eps)}
+        terms = {"denoise": F.mse_loss(eps_hat, eps)}
+        pairs = r.permutation(spoken)[:32]
+        terms["clip"] = clip.loss(windows(pairs, half, r), text(ids[pairs].to(device)).last_hidden_state)
+        return {"loss": terms["denoise"] + 0.1 * terms["clip"], **terms}
 
-    return loop("unet", work, steps, {"unet": unet, "text": text}, optims, loss_at)
+    modules = {"text": text, "clip": clip} if text_only else {"unet": unet, "text": text, "clip": clip}
+    return loop("text" if text_only else "unet", work, steps, modules, optims, loss_at)
 
 
 @torch.no_grad()
@@ -301,25 +333,33 @@ def make(args) -> None:
             known |= {folder / row["file"]: row["caption"] for row in rows}
     captions = [known.get(f, "") for f in files]
     photos = [np.asarray(read_image(f)[0]) for f in tqdm(files, "photographs", mininterval=10)]
-    keep = [i for i, p in enumerate(photos) if min(p.shape[:2]) >= 192]
+    keep = [i for i, p in enumerate(photos) if min(p.shape[:2]) >= 192 and (captions[i] or not args.text_only)]
     photos, captions = [photos[i] for i in keep], [captions[i] for i in keep]
     note(f"{len(photos)} photographs of at least 192 px, {sum(map(bool, captions))} with a caption; on {device}")
     torch.manual_seed(0)
     vae, unet, text, tokenizer = new_models(captions)
-    pca_encoder(vae, photos[::7][:200])
+    if args.text_only:
+        vae, unet = (load_part(type(m), Path(args.out), name) for m, name in ((vae, "vae"), (unet, "unet")))
+        tokenizer = load_part(CLIPTokenizer, Path(args.out), "tokenizer")
+        text = CLIPTextModel(CLIPTextConfig.from_pretrained(args.out, subfolder="text_encoder"))  # random weights
+    else:
+        pca_encoder(vae, photos[::7][:200])
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
                               set_alpha_to_one=False, steps_offset=1)
     vae.to(device, memory_format=torch.channels_last), unet.to(device), text.to(device)
 
     work = Path(args.work)
-    vae_s = train_vae(vae, photos, work, args.vae_steps, args.vae_large_steps, args.vae_batch, device)
+    vae_s = 0 if args.text_only else train_vae(vae, photos, work, args.vae_steps, args.vae_large_steps, args.vae_batch, device)
     latents = cache_latents(vae.eval(), photos, device)
-    scale = 1 / torch.cat([z[0].flatten() for z in latents]).std().item()
-    vae.register_to_config(scaling_factor=round(scale, 5))
+    if not args.text_only:
+        scale = 1 / torch.cat([z[0].flatten() for z in latents]).std().item()
+        vae.register_to_config(scaling_factor=round(scale, 5))
     latents = [[v * vae.config.scaling_factor for v in views] for views in latents]
-    unet_s = train_unet(unet, text, tokenizer, scheduler, latents, captions, work, args.unet_steps, args.unet_batch, device)
+    unet_s = train_unet(unet, text, tokenizer, scheduler, latents, captions, work, args.unet_steps, args.unet_batch, device, args.text_only)
 
     out = Path(args.out)
+    if args.text_only:
+        return text.half().save_pretrained(out / "text_encoder")
     StableDiffusionPipeline(vae.half(), text.half(), tokenizer, unet.half(), scheduler, None, None,
                             requires_safety_checker=False).save_pretrained(out)
     figures = validate(vae.float(), unet.float().eval(), text.float().eval(), tokenizer, scheduler, list_images(args.val), device)
@@ -350,6 +390,7 @@ def main(argv=None):
     cli.add_argument("--unet-steps", type=int, default=20000)
     cli.add_argument("--unet-batch", type=int, default=16)
     cli.add_argument("--threads", type=int, help="CPU threads")
+    cli.add_argument("--text-only", action="store_true", help="train the text encoder of --out anew, for --unet-steps steps, with its UNet frozen")
     make(cli.parse_args(argv))
 
 

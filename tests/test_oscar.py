@@ -4,8 +4,6 @@ import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zlib
 from itertools import product
@@ -19,7 +17,8 @@ from PIL import Image
 from scipy import ndimage
 
 import oscar
-from common import ROOT, SD, TINY_SD, Discriminator, UserError, dists_small, frozen, load_tensors, paper_values, read_image, rng, sobel, trainable
+from common import ROOT, TINY_SD, Discriminator, UserError, dists_small, frozen, load_tensors, paper_values, read_image, rng, sobel, trainable
+from conftest import said_by
 from oscar import BPP, NAMES, OSCAR, RATES, S, V, HyperEncoder, Quantizer, Stage1, Stage2, parse_file, write_file
 
 PHOTOS = ROOT / "data" / "photos"
@@ -368,11 +367,14 @@ def test_each_kind_of_bad_file_has_its_line(codec, change, says, monkeypatch):
 SHORT = ["--s1-N", 16, "--s1-M", 16, "--s1-D", 8, "--s1-crop", 64, "--s1-batch", 2, "--s1-measure", 8, "--s2-crop", 64, "--s2-batch", 2]
 
 
-@pytest.fixture(scope="session")
-def val(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("val")
+def make_val(folder):
     Image.open(PHOTOS / "val" / "chelsea.png").crop((100, 40, 233, 131)).save(folder / "cat.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def val(tmp_path_factory):
+    return make_val(tmp_path_factory.mktemp("val"))
 
 
 def train_args(out, val):
@@ -381,11 +383,9 @@ def train_args(out, val):
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory, val):
-    """The default command line, at reduced steps and widths, as a user runs it, from a folder that is not the repo's."""
+    """The default command line, at reduced steps and widths, from a folder that is not the repo's."""
     out = tmp_path_factory.mktemp("oscar") / "run"
-    done = subprocess.run([sys.executable, ROOT / "oscar.py", *train_args(out, val)], capture_output=True, text=True, cwd=tmp_path_factory.mktemp("elsewhere"))
-    assert done.returncode == 0, done.stderr
-    return out, done
+    return out, said_by(oscar.main, train_args(out, val), tmp_path_factory.mktemp("elsewhere"))
 
 
 @pytest.fixture(scope="session")
@@ -394,10 +394,10 @@ def model(run):
 
 
 def test_train_end_to_end(run):
-    out, done = run
+    out, printed = run
     for said in ("stage 1 on", "stage 2 on", "|grad sim|", "|grad gan_g|", "the release's t", "drift", "OSCAR 0.1250", "JPEG, quality 1", "VAE alone", "rd.png"):
-        assert said in done.stdout
-    assert float(next(line for line in done.stdout.splitlines() if "|grad gan_g|" in line).split()[-1]) > 0  # the released code's is exactly 0
+        assert said in printed
+    assert float(next(line for line in printed.splitlines() if "|grad gan_g|" in line).split()[-1]) > 0  # the released code's is exactly 0
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [(r["stage"], r["step"]) for r in rows] == [(1, s) for s in range(6)] + [(2, s) for s in range(8)]
     assert {f"{k}@{name}" for k in ("cos", "live") for name in NAMES} <= rows[0].keys()
@@ -492,15 +492,10 @@ def skip_if_done(stage1, calls):
     return wrapped
 
 
-def test_two_processes_give_the_losses_of_one(run, tmp_path, val):
-    """accelerate launch, gloo, same global batch, both stages: the codebooks see all processes' vectors. (Later steps
-    part a little, once rounding has sent one vector to another of two codes about as near.)"""
-    out = tmp_path / "run"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
-    done = subprocess.run([*launch, ROOT / "oscar.py", *train_args(out, val)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    one, two = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (run[0], out))
+def test_two_processes_give_the_losses_of_one(run, two_processes):
+    """Both stages: the codebooks see all processes' vectors. (Later steps part a little, once rounding has sent one
+    vector to another of two codes about as near.)"""
+    one, two = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (run[0], two_processes["oscar"]))
     assert len(one) == len(two) == 14
     for a, b in zip(one, two):
         near = {"rel": 1e-3, "abs": 1e-4} if a["step"] < 2 else {"rel": 0.2, "abs": 0.05}

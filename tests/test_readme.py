@@ -2,12 +2,15 @@
 
 import importlib
 import re
+import runpy
+import sys
 from functools import reduce
 
 import pytest
 
 import codiff
 import oscar
+import sodiff
 from common import ROOT
 
 TEXT = (ROOT / "README.md").read_text()
@@ -20,14 +23,15 @@ def test_every_name_in_the_map_exists():
         assert reduce(getattr, name.split("."), importlib.import_module(module)), f"{module}.{name}"
 
 
-@pytest.mark.parametrize("script", ["codiff", "oscar"])
+@pytest.mark.parametrize("script", ["codiff", "oscar", "sodiff"])
 def test_every_equation_tag_in_the_script_is_in_the_map(script):
     tags = set(re.findall(r"Eq\. (\d+)", (ROOT / f"{script}.py").read_text()))
     rows = [line for line in TEXT.splitlines() if line.lower().startswith(f"| {script} |")]
     assert tags <= set(re.findall(r"Eq\. (\d+)", "\n".join(rows))), "an equation is missing from the map"
 
 
-@pytest.mark.parametrize("script, commands", [(codiff, "train restore eval profile figures"), (oscar, "train compress decompress eval profile figures")])
+@pytest.mark.parametrize("script, commands", [(codiff, "train restore eval profile figures"), (oscar, "train compress decompress eval profile figures"),
+                                              (sodiff, "train restore eval caption profile figures")])
 def test_the_flags_it_names_exist(script, commands, capsys):
     for command in commands.split():
         with pytest.raises(SystemExit):
@@ -37,3 +41,11 @@ def test_the_flags_it_names_exist(script, commands, capsys):
         assert lines, command
         for flag in {flag for line in lines for flag in re.findall(r"--[a-z0-9-]+", line.split("#")[0])}:
             assert flag in said, f"{command} {flag}"
+
+
+@pytest.mark.parametrize("script", ["codiff", "oscar", "sodiff"])
+def test_a_script_is_a_command(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "profile", "--size", "0"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    assert end.value.code == 2 and capsys.readouterr().err.startswith(f"{script}.py profile: argument --size")

@@ -1,0 +1,635 @@
+"""sodiff.py: each equation, which parameters each loss moves, captions, and the command line end to end."""
+
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from PIL import Image
+
+import common
+import sodiff
+from common import (ROOT, SD, TINY_SD, Discriminator, UserError, dists_small, frozen, load_tensors, read_image, run_cli, sobel,
+                    text_encoder, text_tokens, trainable)
+from conftest import said_by
+from sodiff import SAIPE, JPEGPairs, SODiff, Stage1, Stage2, TimePredictor, expected_timestep, favor, gumbel_for
+
+PHOTOS = ROOT / "data" / "photos"
+SMALL = Stage1(width=24, heads=3, depth=2, features=16, crop=64)
+
+
+# ---- SAIPE
+
+
+def softmax_attention(q, k, v):
+    return ((q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def test_favor_approximates_softmax_attention():
+    """q, k ~ 0.25 N(0, 1): error below 10 % at 256 features, falling with their number."""
+    g, errors = torch.Generator().manual_seed(0), {}
+    q, k = (0.25 * torch.randn(2, 4, 200, 32, generator=g) for _ in range(2))
+    v = torch.randn(2, 4, 200, 32, generator=g)
+    exact = softmax_attention(q, k, v)
+    for m in (64, 256, 1024):
+        torch.manual_seed(m)
+        errors[m] = ((favor(q, k, v, sodiff.orthogonal_features(m, 32)) - exact).norm() / exact.norm()).item()
+    assert errors[256] < 0.1 and errors[64] > errors[256] > errors[1024], errors
+
+
+def test_favor_is_unbiased_where_attention_is_sharp():
+    """Each single weight phi(q) phi(k) estimates exp(q k / sqrt(d)): mean over many draws of omega."""
+    torch.manual_seed(0)
+    q, k = 0.7 * torch.randn(1, 1, 3, 8), 0.7 * torch.randn(1, 1, 3, 8)
+    estimates = []
+    for _ in range(3000):
+        omega = sodiff.orthogonal_features(64, 8)
+        x, y = q * 8 ** -0.25, k * 8 ** -0.25
+        phi = [(s @ omega.T - s.square().sum(-1, keepdim=True) / 2).exp() / 8 for s in (x, y)]
+        estimates.append(phi[0] @ phi[1].transpose(-1, -2))
+    assert torch.allclose(torch.stack(estimates).mean(0), (q @ k.transpose(-1, -2) / 8 ** 0.5).exp(), rtol=0.05)
+
+
+def test_favor_costs_linear_memory_and_time():
+    """Bytes kept for the backward pass and multiplications: four times the tokens, four times as much."""
+    omega, cost = sodiff.orthogonal_features(64, 16), {}
+    for n in (1024, 4096):
+        q = torch.randn(1, 2, n, 16, requires_grad=True)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            favor(q, q, q, omega)
+        cost[n] = sum(kept), common.macs(lambda q=q: favor(q, q, q, omega))[1]
+    assert all(b / a == pytest.approx(4, rel=0.02) for a, b in zip(*cost.values())), cost
+
+
+def test_random_features_are_orthogonal_with_gaussian_lengths():
+    torch.manual_seed(0)
+    omega = sodiff.orthogonal_features(4096, 16)
+    block = F.normalize(omega[:16], dim=1)
+    assert torch.allclose(block @ block.T, torch.eye(16), atol=1e-5)
+    lengths = omega.square().sum(1)  # chi-squared with 16 degrees of freedom
+    assert lengths.mean() == pytest.approx(16, rel=0.03) and lengths.var() == pytest.approx(32, rel=0.1)
+
+
+def test_swin_shift_is_masked_attention_within_shifted_windows():
+    """The second layer of an RSTB, on a map of 16x24: every token attends to those in its own 8x8 window of the grid
+    shifted by 4, and to nothing beyond the picture's border."""
+    torch.manual_seed(0)
+    layer = sodiff.RSTB(12, 3, 2).swin[1]
+    attn, (h, w) = layer.attn, (16, 24)
+    x = torch.randn(1, h, w, 12)
+    y, x_ = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    window = ((y + 4) // 8 * 100 + (x_ + 4) // 8).flatten()
+    q, k, v = attn.qkv(x.flatten(1, 2)).unflatten(-1, (3, 3, 4)).permute(2, 0, 3, 1, 4)
+    dy, dx = (c.flatten()[:, None] - c.flatten()[None] for c in (y, x_))
+    same = window[:, None] == window[None]
+    index = ((dy + 7) * 15 + dx + 7).where(same, 0)
+    bias = attn.relative_position_bias_table[index].permute(2, 0, 1)
+    scores = (q @ k.transpose(-1, -2) / 2 + bias).masked_fill(~same, -torch.inf)
+    expected = attn.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)).view(1, h, w, 12)
+    assert torch.allclose(attn(x), expected, atol=1e-5)
+
+
+def test_saipe_has_the_papers_shapes():
+    with torch.device("meta"):
+        saipe = SAIPE(common.paper_values(Stage1), 77, 1024)
+        x = torch.empty(1, 3, 512, 512)
+        f_mid = saipe.E_down(x)
+        x_rec, e_img = saipe(x)
+    assert f_mid.shape == (1, 180, 128, 128) and x_rec.shape == x.shape and e_img.shape == (1, 77, 1024)
+    assert len(saipe.E_down.body[0].swin) == len(saipe.E_down.body[1].swin) == 6 and len(saipe.D_up.body.swin) == 2
+    assert [layer.attn.shift_size for layer in saipe.E_down.body[0].swin] == [[0, 0], [4, 4]] * 3
+
+
+def test_reconstruction_is_residual_and_tokens_differ():
+    saipe = SAIPE(SMALL, 77, 96)
+    torch.nn.init.zeros_(saipe.D_up.tail[0].weight), torch.nn.init.zeros_(saipe.D_up.tail[0].bias)
+    x = torch.rand(2, 3, 40, 72) * 2 - 1  # windows of 8 do not fit 10 x 18
+    x_rec, e_img = saipe(x)
+    assert torch.equal(x_rec, x) and e_img[0].std(0).mean() > 1e-3
+
+
+def test_stage1_losses_move_their_branches():
+    saipe = SAIPE(SMALL, 77, 96)
+    x_rec, e_img = saipe(torch.rand(2, 3, 32, 32))
+
+    def moved(loss):
+        grads = torch.autograd.grad(loss, list(saipe.parameters()), retain_graph=True, allow_unused=True)
+        return {n.split(".")[0] for (n, _), g in zip(saipe.named_parameters(), grads) if g is not None and g.abs().sum() > 0}
+    assert moved(sodiff.loss_rec(x_rec, torch.zeros_like(x_rec))) == {"E_down", "D_up"}
+    assert moved(sodiff.loss_align(e_img, torch.zeros_like(e_img))) == {"E_down", "T_align"}
+
+
+def test_alignment_compares_own_and_others():
+    e = torch.eye(4).view(4, 2, 2)
+    assert sodiff.alignment(e, e) == (1.0, 0.0)
+    assert sodiff.alignment(e, e.roll(1, 0)) == (0.0, pytest.approx(1 / 3))
+
+
+# ---- time predictor
+
+
+def test_eq_11_is_its_sum():
+    logits, g = torch.randn(3, 50), gumbel_for(torch.arange(3), 50, 1)
+    for row, noise, tau in zip(logits.tolist(), g.tolist(), expected_timestep(logits, g).tolist()):
+        weights = [np.exp(l + n) for l, n in zip(row, noise)]
+        assert tau == pytest.approx(sum(i * w for i, w in enumerate(weights)) / sum(weights), rel=1e-5)
+    assert torch.allclose(expected_timestep(logits), logits.softmax(1) @ torch.arange(50.0))
+
+
+def test_gumbel_noise_makes_argmax_a_draw_from_the_softmax():
+    logits, n = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5]), 20_000
+    drawn = (logits + gumbel_for(torch.arange(n), 5, 7)).argmax(1).bincount(minlength=5)
+    p = logits.softmax(0)
+    assert ((drawn / n - p).abs() < 4 * (p * (1 - p) / n).sqrt()).all()
+    assert torch.equal(gumbel_for(torch.tensor([3, 9]), 5, 7)[1], gumbel_for(torch.tensor([9]), 5, 7)[0])
+
+
+def test_gradient_of_tau_by_numbers():
+    logits = torch.randn(1, 12, requires_grad=True)
+    expected_timestep(logits).sum().backward()
+
+    def tau(values):
+        weights = np.exp(values)
+        return (weights * np.arange(12)).sum() / weights.sum()
+    at = logits.detach().double().numpy()[0]
+    numeric = [(tau(at + 1e-5 * one) - tau(at - 1e-5 * one)) / 2e-5 for one in np.eye(12)]
+    assert np.allclose(logits.grad[0].numpy(), numeric, atol=1e-4)
+
+
+@pytest.mark.parametrize("tau_0, spread, tau", [(49, 12.0, 49), (800, 30.0, 800), (49, 0.0, 499.5)])
+def test_tau_starts_where_it_is_told(tau_0, spread, tau):
+    qf_hat, logits = TimePredictor((8, 8, 8, 16), 1000, tau_0, spread, 8.0)(torch.rand(2, 3, 40, 56) * 2 - 1)
+    assert qf_hat.shape == (2,) and logits.shape == (2, 1000)
+    assert expected_timestep(logits).tolist() == pytest.approx([tau] * 2, abs=0.02)
+
+
+def test_highpass_filters_see_no_brightness():
+    first = TimePredictor((32, 8, 8, 16), 10, 5, 0.0, 8.0).blocks[0].res[0].weight
+    assert first[:18].sum((1, 2, 3)).abs().max() < 1e-6 and (first[:18].abs().sum((1, 2, 3)) > 1).all()
+
+
+def test_alpha_bar_between_timesteps():
+    sd = SD(TINY_SD, with_unet=False)
+    t = torch.tensor([0.0, 1.0, 499.0, 999.0], requires_grad=True)
+    assert torch.allclose(sd.alpha_bar_at(t), sd.alpha_bar[[0, 1, 499, 999]], rtol=1e-5)
+    between = torch.linspace(300, 302, 9, requires_grad=True)
+    a = sd.alpha_bar_at(between)
+    assert (a.diff() < 0).all()
+    assert torch.allclose((a / (1 - a)).log()[2], (sd.alpha_bar[300].logit() + sd.alpha_bar[301].logit()) / 2, atol=1e-5)
+    a.sum().backward()
+    at = between.detach().double()
+    numeric = (sd.double().alpha_bar_at(at[1:-1] + 1e-2) - sd.alpha_bar_at(at[1:-1] - 1e-2)) / 2e-2
+    inside = (at[1:-1] % 1 != 0)
+    assert torch.allclose(between.grad[1:-1][inside].double(), numeric[inside], rtol=2e-2)
+
+
+# ---- generator and discriminator
+
+
+@pytest.fixture(scope="module")
+def generator():
+    torch.manual_seed(0)
+    saipe = SAIPE(SMALL, 77, 96)
+    G = SODiff(TINY_SD, saipe.E_down, saipe.T_align, Stage2(widths=(8, 8, 8, 16)))
+    G.train_lora(4)
+    return G.train()
+
+
+def test_generator_is_equation_6(generator):
+    x = torch.rand(2, 3, 64, 96) * 2 - 1
+    logits = generator.predictor.logits
+    with torch.no_grad():
+        logits.weight.normal_(std=0.5)  # so that the two pictures' timesteps differ
+        e_img, qf_hat, tau = generator.condition(x)
+        assert tau[0] != tau[1] and e_img.shape == (2, 77, 96)
+        x_hat, z_hat = generator.generate(x, e_img, tau)
+        logits.weight.zero_()
+        sd = generator.sd
+        z = sd.vae.encode(x).latent_dist.mode() * sd.vae.config.scaling_factor
+        for i in range(2):
+            table = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)**2, 0)
+            low, part = int(tau[i]), float(tau[i]) % 1
+            a = torch.lerp(table[low].logit(), table[low + 1].logit(), part).sigmoid().item()
+            eps = sd.unet(z[i:i + 1], tau[i], e_img[i:i + 1]).sample
+            assert torch.allclose(z_hat[i:i + 1], (z[i:i + 1] - (1 - a)**0.5 * eps) / a**0.5, atol=1e-3)
+        assert torch.allclose(x_hat, sd.vae.decode(z_hat / sd.vae.config.scaling_factor).sample.clamp(-1, 1), atol=1e-4)
+
+
+def test_losses_equal_their_formulas():
+    x, y = (torch.rand(2, 3, 32, 32) * 2 - 1 for _ in range(2))
+    assert sodiff.loss_rec(x, y) == pytest.approx(np.abs(x.numpy() - y.numpy()).mean() / 2, rel=1e-5)
+    assert sodiff.loss_mse(x, y) == pytest.approx(((x.numpy() - y.numpy())**2).mean() / 4, rel=1e-5)
+    assert sodiff.loss_qf(torch.tensor([10.0, 50.0]), torch.tensor([20.0, 45.0])) == 7.5
+    dists = dists_small()
+    assert sodiff.loss_ea(dists, x, x) == pytest.approx(0, abs=1e-5)
+    assert sodiff.loss_ea(dists, x, y) == pytest.approx((dists(sobel(x), sobel(y)).mean() + dists(x, y).mean()).item(), rel=1e-5)
+    fake, real, bce = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4), F.binary_cross_entropy_with_logits
+    assert torch.allclose(sodiff.loss_G(fake), bce(fake, torch.ones_like(fake)))
+    assert torch.allclose(sodiff.loss_D(fake, real), bce(fake, torch.zeros_like(fake)) + bce(real, torch.ones_like(real)))
+
+
+def test_each_stage2_loss_moves_lora_and_predictor_and_nothing_else(generator):
+    D, dists = Discriminator(TINY_SD, 4, given=96, sd=generator.sd), dists_small()
+    x, n = torch.rand(2, 3, 64, 64) * 2 - 1, torch.arange(2)
+    z = torch.randn(2, 16, 8, 8)
+    x_hat, z_hat, e_img, qf_hat, tau = generator(x, z, gumbel_for(n, 1000, 0), x[:, :, :32, :32])
+    t = torch.tensor([5, 700])
+    with frozen(D):
+        losses = {"mse": sodiff.loss_mse(x_hat, x), "ea": sodiff.loss_ea(dists, x_hat, x),
+                  "gan_g": sodiff.loss_G(D(z_hat, t, e_img, z)), "qf": sodiff.loss_qf(qf_hat, torch.tensor([5.0, 90.0, 5.0, 90.0]))}
+    names = [k for k, p in generator.named_parameters() if p.requires_grad]
+    assert all(k.startswith("predictor.") or k.startswith("sd.unet.") and "lora_" in k for k in names)
+    for name, loss in losses.items():
+        grads = torch.autograd.grad(loss, trainable(generator), retain_graph=True, allow_unused=True)
+        moved = {k for k, g in zip(names, grads) if g is not None and g.abs().sum() > 0}
+        # tau's branch has zero weights at first: its own gradient is there, the shared blocks' comes with the QF
+        assert any("lora_B" in k for k in moved) == (name != "qf"), name
+        assert ("predictor.logits.bias" in moved) == (name != "qf") and ("predictor.qf.weight" in moved) == (name == "qf"), name
+        assert any("predictor.blocks" in k for k in moved) == (name == "qf"), name
+    sodiff.loss_D(*D(torch.cat([z_hat.detach(), z]), torch.cat([t, t]), torch.cat([e_img, e_img]), torch.cat([z, z])).chunk(2)).backward()
+    assert all(p.grad is None for p in generator.parameters())
+    assert {k.split(".")[0] for k, p in D.named_parameters() if p.grad is not None} == {"unet", "proj", "head"}
+
+
+def test_discriminator_sees_noised_latents_and_the_given_condition(generator):
+    D = Discriminator(TINY_SD, 4, given=32, sd=generator.sd)
+    z, noise, c, t = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8), torch.randn(2, 5, 32), torch.tensor([3, 800])
+    a = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000)**2, 0)[t].view(2, 1, 1, 1)
+    z_t = a**0.5 * z + (1 - a)**0.5 * noise
+    assert torch.allclose(D(z, t, c, noise), D.head(D.unet(z_t, t, D.proj(c)).sample), atol=1e-4)
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory):
+    """A UNet of SDXL's kind, with a VAE of another scaling factor."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    torch.manual_seed(0)
+    UNet2DConditionModel(in_channels=16, out_channels=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+                         down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+                         transformer_layers_per_block=[1, 2], attention_head_dim=[2, 4], cross_attention_dim=40, use_linear_projection=True,
+                         addition_embed_type="text_time", addition_time_embed_dim=8,
+                         projection_class_embeddings_input_dim=20 + 6 * 8).save_pretrained(folder / "unet")
+    shutil.copytree(TINY_SD / "scheduler", folder / "scheduler")
+    (folder / "vae").mkdir()
+    config = json.loads((TINY_SD / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": config["scaling_factor"] / 2}))
+    return folder
+
+
+def test_discriminator_of_sdxls_kind(sdxl, generator):
+    D, seen = Discriminator(sdxl, 4, given=96, sd=generator.sd), {}
+    assert D.rescale == pytest.approx(0.5)
+    D.unet.register_forward_pre_hook(lambda m, args, kwargs: seen.update(kwargs, z=args[0]), with_kwargs=True)
+    z = torch.randn(2, 16, 8, 12, requires_grad=True)
+    D(z, 100, torch.randn(2, 77, 96), torch.zeros_like(z)).sum().backward()
+    extra = seen["added_cond_kwargs"]
+    assert extra["text_embeds"].shape == (2, 20) and not extra["text_embeds"].any()
+    assert extra["time_ids"].tolist() == [[64, 96, 0, 0, 64, 96]] * 2
+    assert torch.allclose(seen["z"], z * 0.5 * D.alpha_bar[100].sqrt()) and z.grad.abs().sum() > 0
+
+
+def test_discriminator_of_another_latent_is_refused(generator, tmp_path):
+    shutil.copytree(TINY_SD, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "unet" / "config.json").read_text())
+    UNet2DConditionModel.from_config(config | {"in_channels": 4}).save_pretrained(tmp_path / "other" / "unet")
+    with pytest.raises(UserError, match="takes 4 latent channels, but the base's VAE makes 16"):
+        Discriminator(tmp_path / "other", 4, given=96, sd=generator.sd)
+    (tmp_path / "other" / "vae" / "config.json").unlink()
+    with pytest.raises(UserError, match="vae/config.json is missing"):
+        Discriminator(tmp_path / "other", 4, given=96, sd=generator.sd)
+
+
+# ---- captions
+
+
+def folder_with(tmp_path, text: str | bytes):
+    Image.open(PHOTOS / "val" / "chelsea.png").crop((0, 0, 90, 80)).save(tmp_path / "cat.png")
+    Image.open(PHOTOS / "val" / "chelsea.png").crop((90, 0, 180, 80)).save(tmp_path / "dog.png")
+    (tmp_path / "captions.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return tmp_path
+
+
+GOOD = '{"file": "cat.png", "caption": "the face of a cat", "qf": 7}\n'
+
+
+@pytest.mark.parametrize("line", ['{"file": "dog.png", "capt', '{"file": "dog.png"}', '["dog.png"]', '{"file": 3, "caption": "x"}',
+                                  '{"file": "dog.png", "caption": "x", "qf": 700}', "", "\xff"])
+def test_a_bad_line_of_captions_is_named(tmp_path, line):
+    with pytest.raises(UserError, match="captions.jsonl, line 2: ") as error:
+        sodiff.read_captions([folder_with(tmp_path, GOOD + line + "\n")])
+    assert "\n" not in str(error.value)
+
+
+def test_captions_meet_their_images(tmp_path, capsys):
+    folder = folder_with(tmp_path, GOOD + '{"file": "gone.png", "caption": "' + "orange " * 200 + '"}\n')
+    tokenizer, encoder = text_encoder(TINY_SD)
+    pairs = JPEGPairs([folder], SMALL, 8, 0)
+    pairs.captions = sodiff.tokenized(sodiff.read_captions([folder]), pairs.files, tokenizer)
+    assert '2 images, 1 without a caption ("" stands for it), 0 captions cut to 77 tokens, 1 captions without' in capsys.readouterr().err
+    for n in range(4):
+        _, x_lq, x_hq, qf, ids = pairs[n]
+        cat = pairs.file(n).name == "cat.png"
+        assert (qf == 7) == cat  # the QF at which it was captioned
+        assert torch.allclose(encoder(ids[None])[0], text_tokens(TINY_SD, ["the face of a cat" if cat else ""]), atol=1e-5)
+        assert torch.equal(x_lq, common.to_tensor(common.jpeg(common.to_image(x_hq), int(qf))))
+    sodiff.tokenized({folder / "cat.png": {"caption": "orange " * 200}}, [folder / "cat.png"], tokenizer)
+    assert "1 captions cut to 77 tokens" in capsys.readouterr().err
+
+
+def test_quality_factors_cover_their_range():
+    pairs = JPEGPairs([PHOTOS / "val"], Stage2(crop=32, qf_power=1.0), 32, 0)
+    low = JPEGPairs([PHOTOS / "val"], Stage2(crop=32, qf_power=3.0), 32, 0)
+    qfs, lows = (np.array([float(p[n][3]) for n in range(400)]) for p in (pairs, low))
+    assert qfs.min() == lows.min() == 5 and qfs.max() >= 94 and abs(qfs.mean() - 50) < 5
+    assert abs(np.median(lows) - (5 + 91 / 8)) < 4  # u^3 at u = 1/2
+    x_more, qf_more = low[7][4:]
+    assert x_more.shape == (3, 3, 16, 16) and len(set(qf_more.tolist())) > 1 and torch.equal(x_more, low[7][4])
+    assert 35 < np.mean([low[n][5].mean() for n in range(100)]) < 65  # uniform, whatever the power
+    assert JPEGPairs([PHOTOS / "val"], Stage2(crop=32, qf_crops=0), 32, 0)[0][4].shape == (0, 3, 16, 16)
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory):
+    """A LLaVA of the real classes, in miniature, with random weights."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import (CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
+                              LlavaProcessor, PreTrainedTokenizerFast)
+    folder = tmp_path_factory.mktemp("llava")
+    letters = {c: i for i, c in enumerate(["<pad>", "<s>", "</s>", "<image>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    core = Tokenizer(models.BPE(letters, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+                                        additional_special_tokens=["<image>"])
+    image = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    LlavaProcessor(image, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1).save_pretrained(folder)
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    text = LlamaConfig(vocab_size=len(letters), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                       num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=3)).save_pretrained(folder)
+    return folder
+
+
+def test_caption_writes_crops_and_lines_and_resumes(llava, tmp_path, capsys):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    (photos / "deep").mkdir(parents=True)
+    for name, box in (("a.png", (0, 0, 100, 90)), ("deep/b.png", (100, 0, 200, 90)), ("small.png", (0, 0, 20, 20))):
+        Image.open(PHOTOS / "val" / "chelsea.png").crop(box).save(photos / name)
+    (photos / "broken.png").write_bytes(b"\x89PNG")
+    args = ["caption", "--data", str(photos), "--out", str(out), "--model", str(llava), "--crop", "64", "--max-tokens", "5", "--batch", "2"]
+    with pytest.raises(UserError, match="1 crops of images that cannot be read"):
+        sodiff.main(args)
+    log = (out / "captions.jsonl").read_text()
+    rows = [json.loads(line) for line in log.splitlines()]
+    assert [row["file"] for row in rows] == ["a.png_0.png", "deep_b.png_0.png", "small.png_0.png"]
+    for row in rows:
+        assert set(row) == {"file", "caption", "qf"} and 5 <= row["qf"] <= 95 and isinstance(row["caption"], str)
+        assert "ASSISTANT" not in row["caption"] and Image.open(out / row["file"]).size == (64, 64)
+    a = np.asarray(Image.open(photos / "a.png").convert("RGB"))
+    crop = np.asarray(Image.open(out / "a.png_0.png"))
+    assert any(np.array_equal(a[y:y + 64, x:x + 64], crop) for y in range(27) for x in range(37))
+
+    (out / "captions.jsonl").write_text(log[:-9])  # a kill in the middle of a line
+    (photos / "0.png").write_bytes((photos / "a.png").read_bytes())  # and a new photograph, first in the list
+    (photos / "broken.png").unlink()
+    sodiff.main(args)
+    assert "2 of 4 crops have their caption already" in capsys.readouterr().err
+    again = {row["file"]: row for row in map(json.loads, (out / "captions.jsonl").read_text().splitlines())}
+    assert again.pop("0.png_0.png") and list(again.values()) == rows
+    assert sodiff.read_captions([out])[out / "a.png_0.png"]["qf"] == rows[0]["qf"]
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.png").write_bytes((photos / "a.png").read_bytes())
+    with pytest.raises(UserError, match="would both be a.png_0.png"):
+        sodiff.main([*args, "--data", str(photos), str(tmp_path / "more")])
+
+
+# ---- the command line
+
+
+SHORT = ["--s1-width", 24, "--s1-crop", 64, "--s1-batch", 2, "--s2-crop", 64, "--s2-batch", 2, "--s2-widths", "16,16,16,32"]
+
+
+def make_val(folder):
+    Image.open(PHOTOS / "val" / "chelsea.png").crop((100, 40, 233, 131)).save(folder / "cat.png")
+    Image.open(PHOTOS / "val" / "flower.jpg").crop((200, 100, 333, 191)).save(folder / "flower.png")
+    (folder / "captions.jsonl").write_text("".join(json.dumps({"file": f"{name}.png", "caption": f"a {name}"}) + "\n" for name in ("cat", "flower")))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def val(tmp_path_factory):
+    return make_val(tmp_path_factory.mktemp("val"))
+
+
+def train_args(out, val):
+    return [str(a) for a in ("train", "--out", out, "--s1-steps", 6, "--s2-steps", 6, "--s1-save-every", 2, "--s2-save-every", 2, "--val", val, *SHORT)]
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, val):
+    """The default command line, at reduced steps and widths, from a folder that is not the repo's."""
+    out = tmp_path_factory.mktemp("sodiff") / "run"
+    return out, said_by(sodiff.main, train_args(out, val), tmp_path_factory.mktemp("elsewhere"))
+
+
+@pytest.fixture(scope="session")
+def model(run):
+    return sodiff.load(run[0])
+
+
+def test_train_end_to_end(run):
+    out, printed = run
+    for said in ("stage 1 on", "stage 2 on", "|grad align|", "|grad qf|", "own e_text", "rank correlation", "VAE(original)", "JPEG QF 20"):
+        assert said in printed
+    norms = next(line for line in printed.splitlines() if "|grad gan_g|" in line).split()
+    assert float(norms[norms.index("gan_g|") + 1]) > 0
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["step"]) for r in rows] == [(s, i) for s in (1, 2) for i in range(6)]
+    cfg = Stage2()
+    for row in rows[:6]:
+        assert row["loss"] == pytest.approx(row["rec"] + 0.5 * row["align"], rel=1e-4)
+    for row in rows[6:]:
+        assert row["loss"] == pytest.approx(row["mse"] + cfg.lambda_EA * row["ea"] + cfg.alpha * row["gan_g"] + cfg.beta * row["qf"], rel=1e-4)
+    assert len({row["tau"] for row in rows[6:]}) == 6 and rows[5]["align"] < rows[0]["align"]
+    files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    assert files == {"config.json", "log.jsonl", "metrics.json", "samples/eval.png", "last/stage1.safetensors", "last/stage2.safetensors",
+                     "model/config.json", "model/stage1.safetensors", "model/stage2.safetensors", "model/unet_lora/pytorch_lora_weights.safetensors"}
+    results = json.loads((out / "metrics.json").read_text())
+    assert set(results["alignment"]) == {"QF 5", "QF 20", "QF 80"} and len(results["predictor"]["timestep"]) == 11
+    assert set(load_tensors(out / "model" / "stage2.safetensors")[0]) == {f"predictor.{k}" for k in sodiff.load(out).predictor.state_dict()}
+
+
+def test_restore_prints_what_it_predicts_and_is_deterministic(run, model, tmp_path, capsys):
+    photo = read_image(PHOTOS / "val" / "chelsea.png")[0]
+    photo.crop((0, 0, 121, 90)).save(tmp_path / "a.jpg", quality=10)
+    with_alpha = photo.crop((0, 0, 40, 33)).convert("RGBA")
+    with_alpha.putalpha(77)
+    with_alpha.save(tmp_path / "b.png")
+    sodiff.main(["restore", str(tmp_path / "a.jpg"), str(tmp_path / "b.png"), "-o", str(tmp_path / "out"), "--weights", str(run[0])])
+    said = capsys.readouterr().out
+    lq = read_image(tmp_path / "a.jpg")[0]
+    one, qf_hat, tau = sodiff.restore(model, lq)
+    assert f"121 x 90, predicted QF {qf_hat:.0f}, timestep {tau:.1f}" in said and said.count("predicted QF") == 2
+    assert np.array_equal(np.asarray(one), np.asarray(Image.open(tmp_path / "out" / "a.png")))
+    assert set(np.array(Image.open(tmp_path / "out" / "b.png").getchannel("A")).ravel()) == {77}
+    fixed = np.array(sodiff.restore(model, lq, "adain")[0]).mean((0, 1))
+    assert np.abs(fixed - np.array(lq).mean((0, 1))).max() < 1
+
+
+def test_bf16_and_tiles_keep_the_picture(run, model, monkeypatch):
+    """What CUDA runs, here on the CPU; and windows, whose QF, timestep and prompt come from one mosaic."""
+    lq = common.jpeg(read_image(PHOTOS / "val" / "chelsea.png")[0].crop((0, 0, 300, 260)), 10)
+    whole, qf_hat, tau = sodiff.restore(model, lq)
+    tiled, qf_tiled, tau_tiled = sodiff.restore(model, lq, tile=128)
+    assert np.abs(np.asarray(tiled).astype(float) - np.asarray(whole)).mean() < 6 and abs(tau - tau_tiled) < 20
+    monkeypatch.setattr("common.inference_dtype", lambda: torch.bfloat16)
+    low = sodiff.load(run[0])
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16} and low.sd.alpha_bar.dtype == torch.float32
+    assert np.abs(np.asarray(sodiff.restore(low, lq)[0]).astype(float) - np.asarray(whole)).mean() < 2
+
+
+def same_run(one, two):
+    for name in ("log.jsonl", "metrics.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    for name in ("stage1.safetensors", "stage2.safetensors", "unet_lora/pytorch_lora_weights.safetensors"):
+        a, b = (load_tensors(folder / "model" / name)[0] for folder in (one, two))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, val, monkeypatch):
+    """Ctrl-C within both stages, resumed each time."""
+    out, args = tmp_path / "run", train_args(tmp_path / "run", val)
+    for loss in ("loss_align", "loss_qf"):
+        calls, real = [], getattr(sodiff, loss)
+
+        def interrupted(*a, calls=calls, real=real):
+            calls.append(1)
+            if len(calls) == 3:
+                signal.raise_signal(signal.SIGINT)
+            return real(*a)
+        monkeypatch.setattr(sodiff, loss, interrupted)
+        with pytest.raises(UserError, match="interrupted after step 3"):
+            sodiff.main([*args, *(["--resume"] if (out / "config.json").exists() else [])])
+        monkeypatch.undo()
+    sodiff.main([*args, "--resume"])
+    same_run(out, run[0])
+
+
+def test_two_processes_give_the_losses_of_one(run, two_processes):
+    one, two = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (run[0], two_processes["sodiff"]))
+    assert len(one) == len(two) == 12
+    for a, b in zip(one, two):
+        assert {k: pytest.approx(v, rel=2e-3) for k, v in a.items()} == b
+
+
+# ---- the paper's ablations, profile, figures
+
+
+def test_no_align_trains_the_embedder_in_stage_2(run, tmp_path, val, capsys):
+    """Table 2: without captions T_align stays as drawn in stage 1, moves in stage 2, and is saved with it."""
+    out, photos = tmp_path / "run", tmp_path / "photos"
+    photos.mkdir()
+    shutil.copy(PHOTOS / "train" / "coffee.png", photos)
+    args = [*train_args(out, val), "--data", str(photos), "--lambda-align", "0", "--s1-steps", "2", "--s2-steps", "2"]
+    sodiff.main(args)
+    before, after = (load_tensors(out / "model" / f"stage{s}.safetensors")[0] for s in (1, 2))
+    cfg1 = Stage1(**load_tensors(out / "model" / "stage1.safetensors")[1]["config"])
+    torch.manual_seed(0)
+    drawn = SAIPE(cfg1, 77, 96).state_dict()
+    assert torch.equal(before["T_align.queries"], drawn["T_align.queries"]) and not torch.equal(before["D_up.tail.0.weight"], drawn["D_up.tail.0.weight"])
+    assert not torch.equal(after["T_align.queries"], before["T_align.queries"])
+    assert torch.equal(sodiff.load(out).T_align.queries.cpu(), after["T_align.queries"])
+    with pytest.raises(UserError, match="no captions.jsonl"):
+        sodiff.main(["train", "--out", str(tmp_path / "x"), "--data", str(photos)])
+    capsys.readouterr()
+    sodiff.main(["figures", "--weights", str(run[0]), "--against", str(out), "--data", str(val)])
+    said = capsys.readouterr().out
+    assert "not aligned" in said and "aligned (stage 1)" in said
+    for name, width in (("fig3.png", 900), ("timestep.png", 900)):
+        picture = Image.open(run[0] / "samples" / name)
+        assert picture.width > width and len(picture.convert("RGB").getcolors(1 << 20)) > 50
+        (run[0] / "samples" / name).unlink()
+
+
+def continued(run, out, val, *args):
+    """Stage 2 anew on a copy of the run's stage 1; its last log line."""
+    shutil.copytree(run[0], out)
+    (out / "last" / "stage2.safetensors").unlink()
+    sodiff.main([*train_args(out, val), "--stage", "2", *args])
+    return json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+
+
+def test_fixed_timestep_losses_beta_and_checkpointing(run, tmp_path, val):
+    row = continued(run, tmp_path / "fixed", val, "--timestep", "fixed", "--s2-tau-0", "30", "--losses", "ea,gan", "--s2-steps", "1")
+    assert row["tau"] == 30 and row["qf"] == 0
+    assert row["loss"] == pytest.approx(Stage2().lambda_EA * row["ea"] + Stage2().alpha * row["gan_g"], rel=1e-4)
+    model = sodiff.load(tmp_path / "fixed")
+    assert model.predictor is None and sodiff.restore(model, Image.new("RGB", (40, 40)))[1:] == (None, 30.0)
+    row = continued(run, tmp_path / "beta", val, "--beta", "0", "--losses", "mse", "--s2-steps", "1", "--s2-checkpointing", "--s2-accumulate", "2", "--s2-qf-crops", "0")
+    assert row["loss"] == row["mse"] and row["qf"] > 0
+    first = json.loads((run[0] / "log.jsonl").read_text().splitlines()[6])
+    assert row["mse"] == pytest.approx(first["mse"], rel=1e-3) and row["gan_g"] == pytest.approx(first["gan_g"], rel=1e-3)
+
+
+def test_another_discriminator(run, tmp_path, val, sdxl):
+    out = tmp_path / "run"
+    sodiff.main([*train_args(out, val), "--disc-base", str(sdxl), "--s1-steps", "1", "--s2-steps", "1"])
+    assert json.loads((out / "model" / "config.json").read_text())["disc_base"] == str(sdxl)
+    with pytest.raises(UserError, match="--resume: disc_base_sha256"):
+        sodiff.main([*train_args(out, val), "--s1-steps", "1", "--s2-steps", "1", "--resume"])
+
+
+def test_profile_counts_the_papers_model_by_part(capsys):
+    sodiff.main(["profile", "--paper", "--size", "512", "--no-time"])
+    rows = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "865.91 M" in rows["UNet"] and "16.22 M" in rows["UNet"] and "34.16 M" in rows["VAE encoder"]
+    assert {"SAIPE: E_down", "SAIPE: T_align", "time predictor", "VAE decoder", "total"} <= rows.keys()
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("args, says", [
+    (["train", "--out", "{new}", "--stage", "2"], "stage 1 first"), (["train", "--out", "{new}", "--s2-tau-0", "1000", "--stage", "2"], "stage 1 first"),
+    (["train", "--out", "{new}", "--s1-crop", "100"], "--s1-crop 100"), (["train", "--out", "{new}", "--losses", "l2"], "--losses l2: choose from mse"),
+    (["train", "--out", "{new}", "--timestep", "random"], "--timestep random"), (["train", "--out", "{new}", "--disc-base", "{empty}"], "--disc-base {empty}"),
+    (["train", "--out", "{new}", "--data", "{torn}"], "captions.jsonl, line 1"), (["train", "--paper", "--out", "{new}"], "sodiff.py caption"),
+    (["train", "--out", "{new}", "--beta", "-1"], "--beta -1"), (["restore", "{photo}", "--tile", "100"], "--tile 100"),
+    (["restore", "{photo}", "--weights", "{empty}"], "config.json"), (["restore", "nowhere.jpg"], "nowhere.jpg"),
+    (["caption", "--data", "{empty}", "--out", "{new}"], "no images"), (["caption", "--data", "{torn}", "--out", "{new}", "--model", "{empty}"], "--model"),
+    (["caption", "--data", "{torn}", "--out", "{new}", "--batch", "0"], "--batch 0"), (["figures", "--data", "{torn}"], "captions.jsonl, line 1")])
+def test_bad_input_is_one_line(run, tmp_path, monkeypatch, capsys, args, says):
+    (tmp_path / "empty").mkdir(), (tmp_path / "torn").mkdir()
+    folder_with(tmp_path / "torn", '{"file": "cat.png", "cap')
+    names = {"empty": tmp_path / "empty", "torn": tmp_path / "torn", "new": tmp_path / "new", "photo": PHOTOS / "val" / "chelsea.png"}
+    args = [a.format(**names) for a in args]
+    if args[0] in ("restore", "figures") and "--weights" not in args:
+        args += ["--weights", str(run[0])]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as end:
+        run_cli(lambda: sodiff.main(args))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and says.format(**names) in said[-1]
+
+
+def test_damaged_and_foreign_models_are_refused(run, tmp_path):
+    for name, how, says in (("model/stage1.safetensors", lambda b: b[:len(b) // 2], "stage1.safetensors"),
+                            ("model/stage2.safetensors", lambda b: b[:len(b) // 2], "stage2.safetensors"),
+                            ("model/config.json", lambda b: b.replace(b'"sodiff"', b'"codiff"'), "trained by codiff.py")):
+        out = tmp_path / name.replace("/", "_")
+        shutil.copytree(run[0], out)
+        (out / name).write_bytes(how((out / name).read_bytes()))
+        with pytest.raises(UserError, match=says):
+            sodiff.load(out)
+    shutil.copy(tmp_path / "model_config.json" / "model" / "stage2.safetensors", run[0].parent / "other.safetensors")
+    out = tmp_path / "swapped"
+    shutil.copytree(run[0], out)
+    shutil.copy(out / "model" / "stage2.safetensors", out / "model" / "stage1.safetensors")
+    with pytest.raises(UserError, match="not a SAIPE checkpoint"):
+        sodiff.load(out)
