@@ -554,7 +554,7 @@ def train_command(args) -> None:
 
 def evaluation(model: CODiff, out: Path, data, qfs: list[int], color_fix: str = "adain", tile: int | None = None, extra: bool = False) -> None:
     files, picture = list_images(data or [ROOT / "data" / "photos" / "val"]), out / "samples" / "eval.png"
-    conditions = {f"JPEG QF {qf}": lambda image, qf=qf: jpeg(image, qf) for qf in qfs}
+    conditions = {f"JPEG QF {qf}": lambda image, _, qf=qf: jpeg(image, qf) for qf in qfs}
     results = evaluate(files, conditions, lambda image: restore(model, image, color_fix, tile), SD(model.base, with_unet=False).to(device()),
                        Metrics(device(), ("musiq", "maniqa", "clipiqa") if extra else ()), picture)
     write_json(out / "metrics.json", {"images": [f.name for f in files], "color_fix": color_fix, "results": results})

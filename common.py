@@ -23,29 +23,27 @@ import signal
 import socket
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from diffusers.utils import logging
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-from torchmetrics.functional.image import (peak_signal_noise_ratio, peak_signal_noise_ratio_with_blocked_effect,
-                                           structural_similarity_index_measure)
-from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
+
+# diffusers, transformers, peft, accelerate, torchvision and torchmetrics take seconds to import: that is done where
+# they are used, so that --help, a mistyped flag and work without a network answer at once.
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 ROOT = Path(__file__).resolve().parent
 IMAGE_SUFFIXES = set(Image.registered_extensions()) - {".pdf", ".mpg", ".mpeg", ".h5", ".hdf"}
@@ -158,11 +156,12 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], wanted, source: Path) ->
 
 
 def list_images(paths: list[str | Path]) -> list[Path]:
-    """The images at `paths` (files, or folders searched recursively), sorted within each folder."""
+    """The images at `paths` (files, or folders searched recursively), sorted within each folder; nothing hidden."""
     out = []
     for p in map(Path, paths):
         if p.is_dir():
-            found = sorted(q for q in p.rglob("*") if q.suffix.lower() in IMAGE_SUFFIXES and not q.name.startswith("."))
+            found = sorted(q for q in p.rglob("*") if q.suffix.lower() in IMAGE_SUFFIXES
+                           and not any(part.startswith(".") for part in q.relative_to(p).parts))
             if not found:
                 raise UserError(f"{p}: no images in this folder")
             out += found
@@ -344,7 +343,10 @@ class Crops(torch.utils.data.Dataset):
         return file
 
     def crop(self, n: int) -> np.ndarray:
-        photo, r = self.read(self.file(n)), rng(self.seed, 1, n)
+        return self.view(self.read(self.file(n)), n)
+
+    def view(self, photo: np.ndarray, n: int) -> np.ndarray:
+        r = rng(self.seed, 1, n)
         y, x = (r.integers(side - self.size + 1) for side in photo.shape[:2])
         a = np.rot90(photo[y:y + self.size, x:x + self.size], r.integers(4))
         return a[:, ::-1] if r.random() < 0.5 else a
@@ -407,6 +409,7 @@ class SD(nn.Module):
     Without `weights` only the architecture (random weights, or none on the meta device)."""
 
     def __init__(self, base: Path, with_unet: bool = True, weights: bool = True):
+        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
         super().__init__()
         self.vae = load_part(AutoencoderKL, base, "vae", weights)
         self.unet = load_part(UNet2DConditionModel, base, "unet", weights) if with_unet else None
@@ -445,6 +448,11 @@ class SD(nn.Module):
         if self.prediction == "epsilon":
             return (z_t - (1 - a).sqrt() * out) / a.sqrt()
         return a.sqrt() * z_t - (1 - a).sqrt() * out
+
+    def eps(self, z_t: Tensor, out: Tensor, t: int | Tensor) -> Tensor:
+        """The noise that the UNet's output `out` at timestep t implies, in float32.  v: eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) z_t."""
+        a = self.alpha_bar_at(t).view(-1, 1, 1, 1)
+        return out.float() if self.prediction == "epsilon" else a.sqrt() * out.float() + (1 - a).sqrt() * z_t.float()
 
 
 def text_encoder(base: Path):
@@ -499,10 +507,12 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 def add_lora(model, rank: int, targets: list[str]) -> None:
     """LoRA (Hu et al. 2021) on `targets`: W + B A with Gaussian A, zero B; alpha = rank, so that the scale is 1."""
+    from peft import LoraConfig
     model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets))
 
 
 def save_lora(model, folder: Path) -> None:
+    from diffusers.utils import logging
     logging.set_verbosity_error()  # diffusers warns of a cast that casts nothing
     atomic(folder / LORA_FILE, lambda tmp: model.save_lora_adapter(tmp.parent, weight_name=tmp.name))
     logging.set_verbosity_warning()
@@ -510,6 +520,7 @@ def save_lora(model, folder: Path) -> None:
 
 def fuse_lora(model, tensors: dict[str, Tensor], source: Path, scale: float = 1.0) -> None:
     """Merges W += scale * B A into the weights; `tensors` as diffusers names them, `source` for messages."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
     try:
         model.load_lora_adapter(tensors, prefix=None)
     except Exception as error:
@@ -542,9 +553,11 @@ def tiled(generate, networks: nn.Module, x: Tensor, multiple: int, tile: int | N
     where = next(networks.parameters()).device
 
     def at_once(stage, *maps):
+        calls[0] += 1
         return stage(*maps)
 
     def by_windows(stage, *maps):
+        calls[0] += 1
         out, h, w = None, min(rows, size), min(cols, size)
         tops, lefts = starts(rows, size), starts(cols, size)
         for i, j in tqdm([*np.ndindex(len(tops), len(lefts))], "tiles", leave=False, disable=None):
@@ -561,11 +574,13 @@ def tiled(generate, networks: nn.Module, x: Tensor, multiple: int, tile: int | N
         px = m.shape[2] // rows
         return m[..., top * px:(top + size) * px, left * px:(left + size) * px]
 
+    calls = [0]  # how many stages have run: a network that runs several times has several statistics
     if max(rows, cols) <= size:
         return generate(x.to(where), at_once), None
     mosaic = x[:, :, patches(rows, size, multiple)][..., patches(cols, size, multiple)].to(where)
-    with fixed_norms(networks, (rows, cols), [n // multiple for n in mosaic.shape[2:]]), continued(networks) as inner:
+    with fixed_norms(networks, (rows, cols), [n // multiple for n in mosaic.shape[2:]], calls), continued(networks) as inner:
         mosaic_hat = generate(mosaic, at_once)
+        calls[0] = 0
         return generate(x, by_windows), (mosaic_hat.float().cpu(), mosaic.cpu())
 
 
@@ -636,13 +651,13 @@ def continued(networks: nn.Module):
 
 
 @contextmanager
-def fixed_norms(networks: nn.Module, grid: tuple[int, int], small: list[int]):
-    """Every GroupNorm keeps the statistics of its first call, which sees an image of `small` rows and
-    columns of cells that stands for one of `grid`.
+def fixed_norms(networks: nn.Module, grid: tuple[int, int], small: list[int], calls: list[int]):
+    """Every GroupNorm keeps the statistics of its first call (in each stage, counted by calls[0]), which sees an
+    image of `small` rows and columns of cells that stands for one of `grid`.
 
     Zero padding makes a map's border differ from its inside, and a small map has more border: of the
     statistics, each pixel of the inside counts for as many as the large map has in its place."""
-    kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    kept: dict[tuple[nn.Module, int], tuple[Tensor, Tensor]] = {}
 
     def share(n: int, stretch: float) -> Tensor:
         border, weight = n // 16, torch.ones(n)
@@ -658,12 +673,13 @@ def fixed_norms(networks: nn.Module, grid: tuple[int, int], small: list[int]):
         return mean, var
 
     def forward(norm, x):
-        if norm not in kept:
-            kept[norm] = measure(norm, x)
-        mean, var = (v.repeat_interleave(x.shape[1] // norm.num_groups) for v in kept[norm])
-        gain = norm.weight * (var + norm.eps).rsqrt()
+        if (norm, calls[0]) not in kept:
+            kept[norm, calls[0]] = measure(norm, x)
+        mean, var = (v.repeat_interleave(x.shape[1] // norm.num_groups) for v in kept[norm, calls[0]])
+        weight, bias = (norm.weight, norm.bias) if norm.affine else (1.0, 0.0)
+        gain = weight * (var + norm.eps).rsqrt()
         shape = (1, -1, *[1] * (x.dim() - 2))
-        return torch.addcmul((norm.bias - mean * gain).to(x.dtype).view(shape), x, gain.to(x.dtype).view(shape))
+        return torch.addcmul((bias - mean * gain).to(x.dtype).view(shape), x, gain.to(x.dtype).view(shape))
 
     with new_forward(networks, nn.GroupNorm, forward):
         yield
@@ -803,6 +819,7 @@ class Discriminator(nn.Module):
     factor of `sd`, where that is another model, and take on that of the UNet's own VAE."""
 
     def __init__(self, base: Path, rank: int, tokens: int = 77, given: int | None = None, sd: SD | None = None):
+        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
         super().__init__()
         self.unet = load_part(UNet2DConditionModel, base, "unet").requires_grad_(False)
         # Without up blocks and output layers, the UNet's "sample" is its mid-block feature map.
@@ -887,6 +904,7 @@ class Metrics:
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, target: Image.Image) -> dict[str, float | None]:
+        from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
         x, y = ((to_tensor(i)[None] + 1) * 127.5 for i in (image, target))
         luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
         xl, yl = (x * luma).sum(1, keepdim=True), (y * luma).sum(1, keepdim=True)
@@ -899,8 +917,35 @@ class Metrics:
         return {k: None if v is None else float(v) for k, v in out.items()}
 
 
+class FID:
+    """Frechet inception distance by pyiqa between all restored pictures of a group of conditions and their originals. A
+    condition's group is its name up to a colon: vvc of vvc:47. Pictures wait on disk until `values`."""
+
+    def __init__(self, device: torch.device):
+        try:
+            import pyiqa
+        except ImportError:
+            raise UserError("--metrics all needs pyiqa (non-commercial licence): pip install -e '.[metrics]'") from None
+        with brief_network():
+            self.metric = pyiqa.create_metric("fid", device=device)
+        self.folder, self.groups = tempfile.TemporaryDirectory(), {}
+
+    def keep(self, condition: str, row: str, file: Path, image: Image.Image) -> None:
+        rows = self.groups.setdefault(condition.split(":")[0], {})
+        i, folder = rows.get(row, 0), Path(self.folder.name) / condition.split(":")[0]
+        rows[row] = i + 1
+        for name, picture in {row: image, f"{row}, original": None}.items():
+            save_png(picture or read_image(file)[0], folder / name / f"{i:06d}.png")
+
+    def values(self) -> dict[str, dict[str, float]]:
+        """{group: {row: FID}}."""
+        paths = {group: {row: str(Path(self.folder.name) / group / row) for row in rows} for group, rows in self.groups.items()}
+        return {group: {row: float(self.metric(path, f"{path}, original")) for row, path in rows.items()} for group, rows in paths.items()}
+
+
 def psnr_b(x: Tensor, y: Tensor) -> Tensor:
     """PSNR with the blocking-effect factor (Yim and Bovik 2011) of 8x8 blocks; (1, 1, H, W) in [0, 255]."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio_with_blocked_effect
     h, w = (n // 8 * 8 for n in x.shape[2:])  # torchmetrics counts blocks from the image's size
     if min(h, w) < 16:
         return torch.tensor(float("nan"))
@@ -920,49 +965,59 @@ def text_table(header: list[str], rows: list[list]) -> str:
 
 
 @torch.inference_mode()
-def evaluate(files: list[Path], conditions: dict[str, callable], restore, sd: SD, metrics: Metrics, picture: Path) -> dict:
+def evaluate(files: list[Path], conditions: dict[str, callable], restore, sd: SD, metrics: Metrics, picture: Path,
+             drawn: list[str] | None = None, keep=None) -> dict:
     """Restores every file under every condition and averages the metrics over the files.
 
-    conditions: name -> degrade(image) -> image.  restore(image) -> image.  sd: the untouched base, whose
-    VAE bounds what a latent method can reach. Prints one table a condition, draws `picture` and returns
-    {condition: {row: {metric: mean}}}. Rows: the degraded input; the same blurred, which any method must
-    beat; through the VAE and back; restored; the original through the VAE."""
+    conditions: name -> degrade(image, file) -> image.  restore(image) -> image, or {row: restore}.  sd: the
+    untouched base, whose VAE bounds what a latent method can reach. Prints one table a condition, draws `picture`
+    of the conditions `drawn` (otherwise the first) and returns {condition: {row: {metric: mean}}}. Rows: the degraded
+    input; the same blurred, which any method must beat; through the VAE and back; restored; the original through the
+    VAE. What cannot be read or degraded is named and left out. keep(condition, row, file, image) sees every picture."""
+    from torchvision.transforms.functional import gaussian_blur
     device = sd.alpha_bar.device
 
     def through_vae(image):
         x = to_tensor(image)[None].to(device)
         return to_image(sd.decode(sd.encode(pad_to(x, sd.f)))[0, :, :x.shape[2], :x.shape[3]])
 
+    restore, drawn = restore if isinstance(restore, dict) else {"restored": restore}, drawn or list(conditions)[:1]
     sums: dict[str, dict[str, list]] = {c: {} for c in conditions}
-    strips, used = [], 0
+    strips = []
     for file in tqdm(files, "eval", disable=None):
         try:
             target = read_image(file)[0]
         except UserError as error:
             note(f"skipped: {error}")
             continue
-        used, ceiling = used + 1, through_vae(target)
+        ceiling = through_vae(target)
         ceiling_metrics = metrics(ceiling, target)
         for name, degrade in conditions.items():
-            lq = degrade(target)
-            images = {"compressed": lq, "compressed, blurred": gaussian_blur(lq, 7, 0.8),
-                      "VAE(compressed)": through_vae(lq), "restored": restore(lq)}
+            try:
+                lq = degrade(target, file)
+            except UserError as error:
+                note(f"skipped: {error}")
+                continue
+            images = {"compressed": lq, "compressed, blurred": gaussian_blur(lq, 7, 0.8), "VAE(compressed)": through_vae(lq)}
+            images |= {row: one(lq) for row, one in restore.items()}
             for row, image in images.items():
                 sums[name].setdefault(row, []).append(metrics(image, target))
+                if keep:
+                    keep(name, row, file, image)
             sums[name].setdefault("VAE(original)", []).append(ceiling_metrics)
-            if name == next(iter(conditions)) and len(strips) < 4:
+            if name in drawn and len(strips) < 4:
                 box = tuple(max(0, (n - 384) // 2) for n in target.size)
                 box = (*box, *(min(b + 384, n) for b, n in zip(box, target.size)))
-                strips.append([i.crop(box) for i in (lq, images["restored"], target, ceiling)])
-    if not used:
-        raise UserError(f"eval: none of the {len(files)} images can be read")
+                strips.append([i.crop(box) for i in (lq, *(images[row] for row in restore), target, ceiling)])
+    if not any(sums.values()):
+        raise UserError(f"eval: none of the {len(files)} images can be read and compressed")
 
-    results = {c: {r: {m: mean([v[m] for v in vs]) for m in vs[0]} for r, vs in rows.items()} for c, rows in sums.items()}
+    results = {c: {r: {m: mean([v[m] for v in vs]) for m in vs[0]} for r, vs in rows.items()} for c, rows in sums.items() if rows}
     for name, rows in results.items():
-        print(f"\n{name}, {used} images (padded and cropped; 8-bit)")
+        print(f"\n{name}, {len(sums[name]['compressed'])} images (padded and cropped; 8-bit)")
         print(text_table(["", *metrics.names], [[row, *values.values()] for row, values in rows.items()]))
-    first = next(iter(conditions))
-    sheet(strips, [f"compressed ({first})", "restored", "original", "VAE(original): the base's ceiling"], picture)
+    if strips:
+        sheet(strips, [f"compressed ({', '.join(drawn)})", *restore, "original", "VAE(original): the base's ceiling"], picture)
     return results
 
 
@@ -971,6 +1026,7 @@ def evaluate(files: list[Path], conditions: dict[str, callable], restore, sd: SD
 
 def macs(call) -> tuple[int, int]:
     """Multiply-accumulates of one call: (convolutions and linear layers only, all products, attention's too)."""
+    from torch.utils.flop_counter import FlopCounterMode
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call()
     counts = {str(op): n // 2 for op, n in counter.get_flop_counts()["Global"].items()}
@@ -991,9 +1047,10 @@ def seconds(call, budget: float = 3.0) -> float:
     return statistics.median(times[1:])
 
 
-def profile(build, parts, size: tuple[int, int], timed: bool) -> None:
+def profile(build, parts, size: tuple[int, int], timed: bool, steps: tuple[int, ...] = ()) -> None:
     """Prints the complexity table for one image of `size` (width, height). build(lora) -> model; parts(model, x) ->
-    {name: (modules, call)}; where names are "phase: part", times are added up by phase too."""
+    {name: (modules, call)}; where names are "phase: part", times are added up by phase too. `steps`: how often the
+    phase "a step" may run; the sums for each are printed."""
     with torch.device("meta"):
         lora, fused = build(True), build(False)
         width, height = (n + -n % fused.multiple for n in size)  # restoring pads
@@ -1004,11 +1061,20 @@ def profile(build, parts, size: tuple[int, int], timed: bool) -> None:
         bare = sum(map(count, two[name][0]))
         rows.append([name, bare, sum(map(count, modules)) - bare, macs(call)[0], macs(two[name][1])[1]])
     rows.append(["total", *map(sum, zip(*(r[1:] for r in rows)))])
-    columns = ["parameters", "LoRA", "MACs, conv + linear", "MACs, all (LoRA fused)"]
+    columns, shown = ["parameters", "LoRA", "MACs, conv + linear", "MACs, all (LoRA fused)"], [0, 1, 2, 3, 4]
+    if not rows[-1][2]:
+        columns, shown = ["parameters", "MACs, conv + linear", "MACs, all"], [0, 1, 3, 4]
     table = [[r[0], f"{r[1] / 1e6:.2f} M", f"{r[2] / 1e6:.2f} M", f"{r[3] / 1e12:.4g} T", f"{r[4] / 1e12:.4g} T"] for r in rows]
-    print(f"one image of {width} x {height} pixels\n{text_table(['', *columns], table)}")
-    print(f"as the papers count it: {sum(rows[-1][1:3]) / 1e6:.1f} M parameters, LoRA included, and {rows[-1][3] / 1e12:.2f} T MACs of "
-          f"convolutions and linear layers,\nLoRA not fused; with all products and LoRA fused it is {rows[-1][4] / 1e12:.2f} T", flush=True)
+    print(f"one image of {width} x {height} pixels\n{text_table(['', *columns], [[r[i] for i in shown] for r in table])}", flush=True)
+    if rows[-1][2]:
+        print(f"as the papers count it: {sum(rows[-1][1:3]) / 1e6:.1f} M parameters, LoRA included, and {rows[-1][3] / 1e12:.2f} T MACs of "
+              f"convolutions and linear layers,\nLoRA not fused; with all products and LoRA fused it is {rows[-1][4] / 1e12:.2f} T", flush=True)
+
+    def in_steps(n: int, column: dict[str, float]) -> float:
+        return sum(v * (n if name.startswith("a step:") else 1) for name, v in column.items())
+    counts = {r[0]: r[4] for r in rows[:-1]}
+    for n in steps:
+        print(f"{n} step{'s' * (n > 1)}: {in_steps(n, counts) / 1e12:.4g} T MACs in all", flush=True)
     if not timed:
         return
     where = device()
@@ -1021,6 +1087,8 @@ def profile(build, parts, size: tuple[int, int], timed: bool) -> None:
     table = [[name, f"{1000 * s:.1f}", f"{2e-12 * n / s:.2f}"] for name, (s, n) in (timings | sums).items()]
     name = torch.cuda.get_device_name() if where.type == "cuda" else f"{where.type}, {torch.get_num_threads()} threads"
     print(f"\n{name}, {str(inference_dtype()).removeprefix('torch.')}, random weights\n{text_table(['', 'ms', 'TFLOP/s'], table)}\npeak memory: {peak_memory()}")
+    for n in steps:
+        print(f"{n} step{'s' * (n > 1)}: {in_steps(n, {k: s for k, (s, _) in timings.items()}):.2f} s")
 
 
 def matplotlib():
@@ -1066,6 +1134,7 @@ class Run:
     """A run's folder: config.json, log.jsonl, last/ (to resume), model/ (to restore), samples/."""
 
     def __init__(self, folder: Path, config: dict, stage: str, resume: bool, overwrite: bool):
+        from accelerate import PartialState
         self.folder, self.model = Path(folder), Path(folder) / "model"
         old, state = self.folder / "config.json", PartialState(cpu=device().type == "cpu")  # several CPU processes: gloo
         self.main = state.is_main_process
@@ -1084,22 +1153,24 @@ class Run:
                 if not (key.startswith("stage") and key.split(".")[0] not in begun) and before.get(key) != now.get(key):
                     raise UserError(f"--resume: {key} is {before.get(key)} in {folder}, but {now.get(key)} now; "
                                     "use the same, or another --out")
-        state.wait_for_everyone()
+        self.wait = state.wait_for_everyone
+        self.wait()
         if self.main:
-            for path in (self.folder / name for name in ("last", "model", "samples", "log.jsonl", "metrics.json")):
+            for path in (self.folder / name for name in ("last", "model", "samples", "latents", "log.jsonl", "metrics.json")):
                 if overwrite and old.exists():
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            inside = (self.folder / name for name in ("last", "model", "samples"))
+            inside = (self.folder / name for name in ("last", "model", "samples", "latents"))
             for torn in [*self.folder.glob(".*tmp*"), *(f for folder in inside for f in folder.rglob(".*tmp*"))]:
                 torn.unlink()  # what a kill in the middle of a write left, ours or safetensors' own
             write_json(old, config)
-        state.wait_for_everyone()
+        self.wait()
 
     # ---- one stage
 
     def start(self, stage: int, cfg, some_unused: bool = False, **modules: nn.Module) -> Accelerator:
         """Prepares a stage: prints its configuration and modules, returns its Accelerator. `some_unused`: not every
         step uses every parameter, which several processes must know."""
+        from accelerate import Accelerator, DistributedDataParallelKwargs
         cuda = torch.cuda.is_available()
         self.accelerator = Accelerator(mixed_precision="bf16" if cuda and torch.cuda.is_bf16_supported() else "no",
                                        gradient_accumulation_steps=cfg.accumulate, cpu=device().type == "cpu",

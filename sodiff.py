@@ -848,7 +848,7 @@ def train_command(args) -> None:
 def evaluation(model: SODiff, out: Path, data, qfs: list[int], color_fix: str = "none", tile: int | None = None, extra: bool = False) -> None:
     folders, picture = data or [ROOT / "data" / "photos" / "val"], out / "samples" / "eval.png"
     files = list_images(folders)
-    conditions = {f"JPEG QF {qf}": lambda image, qf=qf: jpeg(image, qf) for qf in qfs}
+    conditions = {f"JPEG QF {qf}": lambda image, _, qf=qf: jpeg(image, qf) for qf in qfs}
     results = evaluate(files, conditions, lambda image: restore(model, image, color_fix, tile)[0], SD(model.base, with_unet=False).to(device()),
                        Metrics(device(), ("musiq", "maniqa", "clipiqa") if extra else ()), picture)
     write_json(out / "metrics.json", {"images": [f.name for f in files], "color_fix": color_fix, "results": results,

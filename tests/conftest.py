@@ -5,13 +5,15 @@ import importlib
 import io
 import multiprocessing
 import os
-import shutil
 import socket
 
 import pytest
 import torch
 
 import codiff
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # two workers share two cores
 
 
 def said_by(main, args: list[str], cwd) -> str:
@@ -29,38 +31,41 @@ def codiff_run(tmp_path_factory):
     return out
 
 
+def child_processes():
+    """Their server imports what they need once, for all of this file's and test_codiff.py's."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["preload"])
+    return processes
+
+
+def as_here(main, args: list[str], threads: int) -> None:
+    """Runs main(args) in a child process; only with the parent's number of threads are sums the same bit for bit."""
+    torch.set_num_threads(threads)
+    main(args)
+
+
 @pytest.fixture(scope="session")
-def two_processes(codiff_run, tmp_path_factory):
-    """{script: its run's folder}: trained by two CPU processes (gloo) with the batches of one, CODiff from the other
-    run's stage 1 on."""
-    folder, names, args = tmp_path_factory.mktemp("two"), ("codiff", "oscar", "sodiff"), []
-    for name in names:
-        tests, val = importlib.import_module(f"test_{name}"), folder / f"val_{name}"
-        val.mkdir()
-        args.append(tests.train_args(folder / name, tests.make_val(val)))
-    shutil.copytree(codiff_run, folder / "codiff")
-    (folder / "codiff" / "last" / "stage2.safetensors").unlink()
-    args[0] += ["--stage", "2"]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = multiprocessing.get_context("forkserver")  # its children need not import everything anew
-    processes.set_forkserver_preload(["codiff", "oscar", "sodiff"])
-    children = [processes.Process(target=one_of_two, args=(rank, port, names, args, folder / f"printed{rank}")) for rank in (0, 1)]
-    [child.start() for child in children]
-    [child.join() for child in children]
-    assert [child.exitcode for child in children] == [0, 0], (folder / "printed0").read_text()
-    printed = (folder / "printed0").read_text()
-    assert printed.count("stage 2 on cpu x 2") == printed.count("peak memory") == 3
-    assert "peak memory" not in (folder / "printed1").read_text()  # one process evaluates
-    return {name: folder / name for name in names}
+def two_processes(tmp_path_factory):
+    """two_processes(script, args): the command in two CPU processes (gloo), each with half of the batch."""
+    def train(script, args):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        printed = [tmp_path_factory.mktemp(script) / f"printed{rank}" for rank in (0, 1)]
+        children = [child_processes().Process(target=one_of_two, args=(rank, port, script, args, printed[rank])) for rank in (0, 1)]
+        [child.start() for child in children]
+        [child.join() for child in children]
+        said = [p.read_text() for p in printed]
+        assert [child.exitcode for child in children] == [0, 0], said[0] + said[1]
+        assert said[0].count("stage 2 on cpu x 2") == said[0].count("peak memory") == 1
+        assert "peak memory" not in said[1]  # one process evaluates
+    return train
 
 
-def one_of_two(rank: int, port: int, names: tuple[str, ...], args: list[list[str]], printed) -> None:
+def one_of_two(rank: int, port: int, script: str, args: list[str], printed) -> None:
     """Process `rank` of two, with the environment that accelerate launch and torchrun give."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                    "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     with open(printed, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        for name, a in zip(names, args):
-            importlib.import_module(name).main(a)
+        importlib.import_module(script).main(args)

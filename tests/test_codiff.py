@@ -2,7 +2,6 @@
 
 import functools
 import json
-import multiprocessing
 import resource
 import shutil
 import signal
@@ -23,7 +22,7 @@ import common
 from codiff import CODiff, CaVE, JPEGPairs, Stage1
 from common import (ROOT, TINY_SD, Discriminator, UserError, dists_small, frozen, load_tensors, paper_values, read_image,
                     rng, run_cli, starts, text_tokens, trainable)
-from conftest import said_by
+from conftest import as_here, child_processes, said_by
 
 PHOTOS = ROOT / "data" / "photos"
 WIDTHS = Stage1.widths, Stage1.blocks
@@ -291,12 +290,11 @@ def test_killed_at_twenty_moments_and_resumed_each_time_it_equals_the_uninterrup
     """SIGKILL once the log has grown by 0 or 1 lines, after a further random delay: in the middle of a step, of a
     checkpoint, of loading. Every session resumes the one before; all losses must be the uninterrupted run's."""
     r, kills, runs = rng(20), 0, [tmp_path / "run0"]
-    processes = multiprocessing.get_context("forkserver")  # its children need not import everything anew
-    processes.set_forkserver_preload(["codiff", "oscar", "sodiff"])  # the same as conftest.py's: there is one such server
     while kills < 20:
         out = runs[-1]
         resume = ["--resume"] if (out / "config.json").exists() else []
-        process = processes.Process(target=codiff.main, args=([*train_args(out, val), "--s1-save-every", "1", "--s2-save-every", "1", *resume],))
+        args = [*train_args(out, val), "--s1-save-every", "1", "--s2-save-every", "1", *resume]
+        process = child_processes().Process(target=as_here, args=(codiff.main, args, torch.get_num_threads()))
         process.start()
         goal, deadline = lines(out) + r.integers(2), time.time() + 60
         while process.is_alive() and lines(out) < goal and time.time() < deadline:
@@ -326,9 +324,12 @@ def test_checkpointing_and_accumulation_leave_the_losses_as_they_are(uninterrupt
         assert {k: pytest.approx(v, rel=1e-2) for k, v in a.items()} == b
 
 
-def test_two_processes_give_the_losses_of_one(uninterrupted, two_processes):
+def test_two_processes_give_the_losses_of_one(uninterrupted, two_processes, tmp_path, val):
     """Stage 2. (Stage 1 is exempt: its BatchNorm sees half a batch in each process.)"""
-    one, two = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (uninterrupted, two_processes["codiff"]))
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run" / "last" / "stage2.safetensors").unlink()
+    two_processes("codiff", [*train_args(tmp_path / "run", val), "--stage", "2"])
+    one, two = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (uninterrupted, tmp_path / "run"))
     assert len(one) == len(two) == 20
     for a, b in zip(one, two):
         assert {k: pytest.approx(v, rel=2e-3) for k, v in a.items()} == b

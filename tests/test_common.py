@@ -243,7 +243,7 @@ def test_fixed_norms_keep_the_first_calls_statistics():
     norm, x, y = torch.nn.GroupNorm(4, 8), torch.randn(1, 8, 32, 32) * 3 + 1, torch.randn(1, 8, 16, 16)
     torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
     plain = norm(x), norm(y)
-    with torch.no_grad(), fixed_norms(norm, (4, 4), [4, 4]):  # not reduced: the statistics are the image's own
+    with torch.no_grad(), fixed_norms(norm, (4, 4), [4, 4], [0]):  # not reduced: the statistics are the image's own
         assert torch.allclose(norm(x), plain[0], atol=1e-5)
         assert torch.allclose(norm(x.flatten(2)[..., :100]), plain[0].flatten(2)[..., :100], atol=1e-5)
         assert not torch.allclose(norm(y), plain[1], atol=1e-2)
@@ -255,7 +255,7 @@ def test_fixed_norms_give_the_border_a_large_maps_share():
     norm = torch.nn.GroupNorm(1, 1)
     small, large = torch.ones(1, 1, 32, 32), torch.ones(1, 1, 128, 64)
     small[..., 2:-2, 2:-2] = large[..., 2:-2, 2:-2] = 0
-    with fixed_norms(norm, (16, 8), [4, 4]):
+    with fixed_norms(norm, (16, 8), [4, 4], [0]):
         got = norm(small)
     assert torch.allclose(got.unique(), torch.nn.functional.group_norm(large, 1).unique(), atol=1e-4)
 

@@ -9,6 +9,7 @@ from functools import reduce
 import pytest
 
 import codiff
+import moe_diffir
 import oscar
 import sodiff
 from common import ROOT
@@ -23,15 +24,16 @@ def test_every_name_in_the_map_exists():
         assert reduce(getattr, name.split("."), importlib.import_module(module)), f"{module}.{name}"
 
 
-@pytest.mark.parametrize("script", ["codiff", "oscar", "sodiff"])
+@pytest.mark.parametrize("script", ["codiff", "oscar", "sodiff", "moe_diffir"])
 def test_every_equation_tag_in_the_script_is_in_the_map(script):
     tags = set(re.findall(r"Eq\. (\d+)", (ROOT / f"{script}.py").read_text()))
-    rows = [line for line in TEXT.splitlines() if line.lower().startswith(f"| {script} |")]
+    rows = [line for line in TEXT.splitlines() if line.lower().startswith(f"| {script.replace('_', '-')} |")]
     assert tags <= set(re.findall(r"Eq\. (\d+)", "\n".join(rows))), "an equation is missing from the map"
 
 
 @pytest.mark.parametrize("script, commands", [(codiff, "train restore eval profile figures"), (oscar, "train compress decompress eval profile figures"),
-                                              (sodiff, "train restore eval caption profile figures")])
+                                              (sodiff, "train restore eval caption profile figures"),
+                                              (moe_diffir, "train restore eval bench profile figures")])
 def test_the_flags_it_names_exist(script, commands, capsys):
     for command in commands.split():
         with pytest.raises(SystemExit):
@@ -43,7 +45,7 @@ def test_the_flags_it_names_exist(script, commands, capsys):
             assert flag in said, f"{command} {flag}"
 
 
-@pytest.mark.parametrize("script", ["codiff", "oscar", "sodiff"])
+@pytest.mark.parametrize("script", ["codiff", "oscar", "sodiff", "moe_diffir"])
 def test_a_script_is_a_command(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "profile", "--size", "0"])
     with pytest.raises(SystemExit) as end:

@@ -520,8 +520,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, va
     same_run(out, run[0])
 
 
-def test_two_processes_give_the_losses_of_one(run, two_processes):
-    one, two = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (run[0], two_processes["sodiff"]))
+def test_two_processes_give_the_losses_of_one(run, two_processes, tmp_path, val):
+    two_processes("sodiff", train_args(tmp_path / "run", val))
+    one, two = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (run[0], tmp_path / "run"))
     assert len(one) == len(two) == 12
     for a, b in zip(one, two):
         assert {k: pytest.approx(v, rel=2e-3) for k, v in a.items()} == b
