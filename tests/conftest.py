@@ -34,7 +34,7 @@ def codiff_run(tmp_path_factory):
 def child_processes():
     """Their server imports what they need once, for all of this file's and test_codiff.py's."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["preload"])
+    processes.set_forkserver_preload(["tests.preload"])  # from the repo: Python 3.11 knows no other path there
     return processes
 
 
