@@ -1,6 +1,6 @@
-"""CODiff: Compression-Aware One-Step Diffusion Model for JPEG Artifact Removal (ICCV 2025, arXiv 2502.09873v2).
+"""CODiff: Compression-Aware One-Step Diffusion Model for JPEG Artifact Removal (ICCV 2025, 2502.09873v2).
 
-    x_lq -> VAE enc (LoRA) -> z_L -> UNet (LoRA; t = T_L, prompt c_L) -> eps -> Eq. 1 -> z_hat -> VAE dec -> x_hat
+    x_lq -> VAE enc (LoRA) -> z_L -> UNet (LoRA; t = T_L, prompt c_L) -> Eq. 1 -> z_hat -> VAE dec -> x_hat
        \\-> CaVE (stage 1; frozen in stage 2) -> tokens -> linear -> c_L
 
 | paper    | code    | shape                  | range                                             |
@@ -15,14 +15,13 @@
 What differs from paper or release stands at its place, in lines beginning DIFFERS.
 Left out: the DAPE prompt of Table 3 (another project's network).
 
-    python codiff.py train                     # both stages on the bundled tiny-sd, then a table and a picture
+    python codiff.py train                     # both stages on the bundled tiny-sd, a table and a picture
     python codiff.py restore photo.jpg -o photo.png
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,70 +29,55 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from tqdm import tqdm
-
-from common import (LORA_FILE, ROOT, SD, SD21_BASE, SD21_CONFIG, TINY_SD, Crops, Discriminator, Metrics, Parser, Run,
-                    UserError, adain, add_eval, add_figures, add_lora, add_profile, add_restore, add_train, atomic, both,
-                    device, dists_small, dists_vgg16, evaluate, fill, find_base, fingerprint, for_inference, frozen, fuse_lora,
-                    gradient_norms, jpeg, layers, list_images, load_pickle, load_tensors, matplotlib, noise_for, note,
-                    outputs, pad_to, paper_values, peak_memory, profile, read_image, read_model, restore_files, rng, run_cli,
-                    save_lora, save_tensors, stage_config, text_table, text_tokens, tile_size, tiled, to_image, to_tensor,
-                    trainable, update, write_json)
+import common
+from common import (SD, SD21_BASE, CommandLine, Crops, Discriminator, Run, Stage, Tiles, add_lora, both,
+                    frozen, jpeg, load_trained, noise_for, pad_to, read_model, rng, to_image, to_tensor)
 
 # ------------------------------------------------------------------------------------ configurations
 
+LEARNING, PROMPTS = ("dual", "explicit", "implicit"), ("cave", "learnable", "empty")
+LOSSES, DISTS = ("l2", "dists", "gan"), ("small", "vgg16")
+
 
 @dataclass
-class Stage1:
+class Stage1(Stage):
     """CaVE, Sec. 3.2."""
-    #                           tiny run              paper run
-    widths: tuple        = both((16, 32, 64, 128),    (64, 128, 256, 512), "Sec. 3.2.2")
-    blocks: int          = both(1,                    4,                   "released code")
-    gain: float          = both(1.0,                  0.2,                 "released code: orthogonal initialisation")
-    highpass: float      = both(8.0,                  0.0,                 "ours: gain of high-pass filters that the head starts with")
-    crop: int            = both(64,                   256,                 "Sec. 4.1")
-    qf_min: int          = both(8,                    8,                   "Sec. 4.1")
-    qf_max: int          = both(95,                   95,                  "Sec. 4.1")
-    learning: str        = both("dual",               "dual",              "Table 4", "learning", ("dual", "explicit", "implicit"))
-    lambda_rec: float    = both(3.0,                  1000.0,              "Sec. 4.1, Eq. 6's lambda")
-    lr: float            = both(1e-3,                 2e-5,                "Sec. 4.1")
-    decay: float         = both(0.5,                  0.0,                 "ours: last part of the run in which lr falls to 0")
-    clip: float          = both(0.0,                  0.0,                 "ours: gradient norm; 0 clips nothing")
-    batch: int           = both(16,                   128,                 "Sec. 4.1")
-    steps: int           = both(400,                  200_000,             "Sec. 4.1")
-    accumulate: int      = both(1,                    1,                   "ours: micro-batches a step")
-    workers: int         = both(0,                    8,                   "ours: loader processes")
-    save_every: int      = both(100,                  2000,                "ours")
-
-
-LOSSES = ("l2", "dists", "gan")
+    #                           tiny run             paper run
+    widths: tuple        = both((16, 32, 64, 128),   (64, 128, 256, 512), "Sec. 3.2.2")
+    blocks: int          = both(1,                   4,                   "released code")
+    gain: float          = both(1.0,                 0.2,                 "released code: orthogonal start")
+    highpass: float      = both(8.0,                 0.0,                 "ours: gain of first filters")
+    crop: int            = both(64,                  256,                 "Sec. 4.1")
+    qf_min: int          = both(8,                   8,                   "Sec. 4.1")
+    qf_max: int          = both(95,                  95,                  "Sec. 4.1")
+    learning: str        = both("dual",              "dual",              "Table 4", "learning", LEARNING)
+    lambda_rec: float    = both(3.0,                 1000.0,              "Sec. 4.1, Eq. 6's lambda")
+    lr: float            = both(1e-3,                2e-5,                "Sec. 4.1")
+    batch: int           = both(16,                  128,                 "Sec. 4.1")
+    steps: int           = both(400,                 200_000,             "Sec. 4.1")
 
 
 @dataclass
-class Stage2:
+class Stage2(Stage):
     """The one-step generator and its discriminator, Secs. 3.1 and 3.3."""
-    #                           tiny run      paper run
-    T_L: int             = both(49,           499,       "released code")
-    rank: int            = both(16,           16,        "Sec. 4.1")
-    crop: int            = both(128,          256,       "Sec. 4.1")
-    qf_min: int          = both(5,            8,         "Sec. 4.1")
-    qf_max: int          = both(30,           95,        "Sec. 4.1")
-    prompt: str          = both("cave",       "cave",    "Table 3", "prompt", ("cave", "learnable", "empty"))
-    losses: tuple        = both(LOSSES,       LOSSES,    "Table 5: the terms that count", "losses", LOSSES)
-    dists: str           = both("small",      "vgg16",   "Eq. 7; 'small' needs no download", choices=("small", "vgg16"))
-    lambda_P: float      = both(0.02,         1.0,       "Sec. 4.1, Eq. 7")
-    lambda_G: float      = both(5e-3,         5e-3,      "Sec. 4.1, Eq. 10")
-    T_D: int             = both(199,          199,       "released code: the discriminator's timestep")
-    lr: float            = both(2e-3,         5e-5,      "Sec. 4.1")
-    decay: float         = both(0.5,          0.0,       "ours: last part of the run in which lr falls to 0")
-    weight_decay: float  = both(1e-5,         1e-5,      "Sec. 4.1")
-    clip: float          = both(1.0,          1.0,       "released code: gradient norm")
-    batch: int           = both(2,            32,        "Sec. 4.1")
-    steps: int           = both(280,          100_000,   "Sec. 4.1")
-    accumulate: int      = both(1,            1,         "ours: micro-batches a step")
-    checkpointing: bool  = both(False,        False,     "ours: less memory, more time")
-    workers: int         = both(0,            8,         "ours: loader processes")
-    save_every: int      = both(100,          1000,      "ours")
+    #                           tiny run     paper run
+    T_L: int             = both(49,          499,       "released code")
+    rank: int            = both(16,          16,        "Sec. 4.1")
+    crop: int            = both(128,         256,       "Sec. 4.1")
+    qf_min: int          = both(5,           8,         "Sec. 4.1")
+    qf_max: int          = both(30,          95,        "Sec. 4.1")
+    prompt: str          = both("cave",      "cave",    "Table 3", "prompt", PROMPTS)
+    losses: tuple        = both(LOSSES,      LOSSES,    "Table 5: the terms that count", "losses", LOSSES)
+    dists: str           = both("small",     "vgg16",   "Eq. 7; 'small' needs no download", None, DISTS)
+    lambda_P: float      = both(0.02,        1.0,       "Sec. 4.1, Eq. 7")
+    lambda_G: float      = both(5e-3,        5e-3,      "Sec. 4.1, Eq. 10")
+    T_D: int             = both(199,         199,       "released code: the discriminator's timestep")
+    lr: float            = both(2e-3,        5e-5,      "Sec. 4.1")
+    weight_decay: float  = both(1e-5,        1e-5,      "Sec. 4.1")
+    clip: float          = both(1.0,         1.0,       "released code: gradient norm")
+    checkpointing: bool  = both(False,       False,     "ours: less memory, more time")
+    batch: int           = both(2,           32,        "Sec. 4.1")
+    steps: int           = both(280,         100_000,   "Sec. 4.1")
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -107,8 +91,7 @@ class JPEGPairs(Crops):
     released code: photographs from the web have often been cropped after compression."""
 
     def __init__(self, folders, cfg: Stage1 | Stage2, multiple: int, seed: int):
-        if cfg.crop % multiple:
-            raise UserError(f"--s{cfg.__class__.__name__[-1]}-crop {cfg.crop}: must be a multiple of {multiple}")
+        cfg.check_crop(multiple)
         super().__init__(folders, cfg.crop + 8, seed)
         self.cfg = cfg
 
@@ -146,9 +129,10 @@ class CaVE(nn.Module):
 
     stride = 32
 
-    def __init__(self, widths: tuple[int, int, int, int], blocks: int, gain: float | None = None, highpass: float = 0.0):
+    def __init__(self, widths: tuple[int, int, int, int], blocks: int):
         super().__init__()
         c1, c2, c3, c4 = widths
+        self.width = c4  # of a token
 
         def body(c):
             return [Residual(c) for _ in range(blocks)]
@@ -166,13 +150,12 @@ class CaVE(nn.Module):
         self.m_tail = nn.Conv2d(c1, 3, 3, padding=1)
         # DIFFERS: Sec. 3.2.2 averages the tokens first and then applies P; averaging after P's convolutions
         # is what the release does, and what makes its 3x3 kernels more than multiplications.
-        self.qf_pred = nn.Sequential(*body(c4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c4, c4), nn.ReLU(),
-                                     nn.Linear(c4, c4), nn.ReLU(), nn.Linear(c4, 1), nn.Sigmoid())
-        if gain:  # to be trained, not loaded
-            self.initialise(gain, highpass)
+        self.qf_pred = nn.Sequential(*body(c4), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                                     nn.Linear(c4, c4), nn.ReLU(), nn.Linear(c4, c4), nn.ReLU(),
+                                     nn.Linear(c4, 1), nn.Sigmoid())
 
     @torch.no_grad()
-    def initialise(self, gain: float, highpass: float) -> None:
+    def initialise(self, gain: float, highpass: float) -> CaVE:
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
                 nn.init.orthogonal_(m.weight, gain)
@@ -183,10 +166,12 @@ class CaVE(nn.Module):
             # QF shows in fine detail, which random filters drown in brightness: without these second
             # differences of each colour, some hundred steps teach the QF head no more than a constant.
             d2, one = torch.tensor([-1.0, 2.0, -1.0]), torch.tensor([0.0, 1.0, 0.0])
-            for i, kernel in enumerate((torch.outer(d2, d2) / 4, torch.outer(one, d2) / 2, torch.outer(d2, one) / 2)):
+            kernels = torch.outer(d2, d2) / 4, torch.outer(one, d2) / 2, torch.outer(d2, one) / 2
+            for i, kernel in enumerate(kernels):
                 for colour in range(3):
                     self.m_head.weight[3 * i + colour] = 0
                     self.m_head.weight[3 * i + colour, colour] = highpass * kernel
+        return self
 
     def encode(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         h0 = self.m_head(x)
@@ -210,22 +195,28 @@ class CaVE(nn.Module):
 
 
 class CODiff(nn.Module):
-    """The one-step generator G_theta of Eq. 2, without LoRA: `train_lora` adds it, `load` fuses it.
+    """The one-step generator G_theta of Eq. 2, to which `add_lora` adds LoRA. Its prompt is CaVE's tokens, or
+    for Table 3's ablation the same `tokens` (L, D_text) for every image."""
 
-    Its prompt is CaVE's tokens, or for Table 3's ablation the same `tokens` (L, D_text) for every image."""
-
-    def __init__(self, base: Path, T_L: int, cave: CaVE | None, tokens: nn.Parameter | None = None, weights: bool = True):
+    def __init__(self, base: str | Path, cfg: Stage2, cave: CaVE | None, tokens: Tensor | None = None,
+                 weights: bool = True):
         super().__init__()
-        self.base, self.T_L, self.sd = base, T_L, SD(base, weights=weights)
-        self.cave, self.tokens = cave.eval().requires_grad_(False) if cave else None, tokens
-        self.proj = nn.Linear(cave.m_body_encoder[0].res[0].in_channels, self.sd.unet.config.cross_attention_dim) if cave else None
+        self.base, self.T_L, self.sd = base, cfg.T_L, SD(base, weights=weights)
+        self.cave = cave.eval().requires_grad_(False) if cave else None
+        if cave:
+            self.proj = nn.Linear(cave.width, self.sd.unet.config.cross_attention_dim)
+        elif cfg.prompt == "learnable":
+            self.tokens = nn.Parameter(torch.randn_like(tokens) * 0.02)
+        else:
+            self.register_buffer("tokens", tokens)
         self.multiple = max(CaVE.stride, self.sd.multiple)  # both are powers of two
 
-    def train_lora(self, rank: int) -> None:
+    def add_lora(self, rank: int) -> CODiff:
         """LoRA on the UNet (all but the time embeddings) and on the VAE encoder, Sec. 3.3. The decoder stays.
         DIFFERS: the release scales LoRA by 0.5 and also trains conv_in's own weights; the paper says LoRA."""
-        add_lora(self.sd.unet, rank, layers(self.sd.unet, without="time_emb"))
-        add_lora(self.sd.vae, rank, layers(self.sd.vae, ("encoder", "quant_conv")))
+        add_lora(self.sd.unet, rank)
+        add_lora(self.sd.vae, rank, ("encoder", "quant_conv"))
+        return self
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -242,15 +233,14 @@ class CODiff(nn.Module):
     def denoise(self, x_lq: Tensor, z_L: Tensor) -> Tensor:
         eps = self.sd.unet(z_L.to(self.sd.unet.dtype), self.T_L, self.condition(x_lq)).sample
         # Eq. 1:  z_hat = (z_L - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar)
-        return self.sd.x0(z_L, eps, self.T_L)
+        return self.sd.x0(z_L, eps, self.sd.alpha_bar[self.T_L])
 
-    def forward(self, x_lq: Tensor, noise: Tensor | None = None, run=lambda stage, *maps: stage(*maps)) -> tuple[Tensor, Tensor]:
-        """x_lq (B, 3, H, W) in [-1, 1], sides multiples of `multiple` -> (x_hat, z_hat). `run` lets
-        `common.tiled` cut the three stages into windows."""
-        z_L = run(lambda x: self.sd.encode(x, noise), x_lq)
-        z_hat = run(self.denoise, x_lq, z_L)
+    def forward(self, x_lq: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x_lq (B, 3, H, W) in [-1, 1], sides multiples of `multiple` -> (x_hat, z_hat)."""
+        z_L = self.sd.encode(x_lq, noise)
+        z_hat = self.denoise(x_lq, z_L)
         # Eq. 2
-        return run(self.sd.decode, z_hat).clamp(-1, 1), z_hat
+        return self.sd.decode(z_hat).clamp(-1, 1), z_hat
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -284,15 +274,14 @@ def loss_D(logits_fake: Tensor, logits_real: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------ stage 1
 
 
-def stage1(run: Run, cfg: Stage1, data: list[Path], seed: int) -> None:
+def stage1(run: Run, cfg: Stage1) -> None:
     """Dual learning of CaVE: QF prediction (explicit) and reconstruction (implicit), Sec. 3.2."""
-    torch.manual_seed(seed)
-    cave = CaVE(cfg.widths, cfg.blocks, cfg.gain, cfg.highpass)
-    w_qf, w_rec = {"dual": (1, cfg.lambda_rec), "explicit": (1, 0), "implicit": (0, cfg.lambda_rec)}[cfg.learning]  # Table 4
-    acc = run.start(1, cfg, CaVE=cave, embedding=embedding_path(cave))
-    pairs = JPEGPairs(data, cfg, CaVE.stride, seed)
-    optimizer = torch.optim.Adam(cave.parameters(), cfg.lr)
-    cave, optimizer = acc.prepare(cave, optimizer)
+    torch.manual_seed(run.seed)
+    cave = CaVE(cfg.widths, cfg.blocks).initialise(cfg.gain, cfg.highpass)
+    w_qf, w_rec = float(cfg.learning != "implicit"), cfg.lambda_rec * (cfg.learning != "explicit")  # Table 4
+    acc = run.start(1, cfg, CaVE=cave)
+    pairs = JPEGPairs(run.data, cfg, CaVE.stride, run.seed)
+    cave, optimizer = acc.prepare(cave, torch.optim.Adam(cave.parameters(), cfg.lr))
     cave.train()
     for step, (n, x_lq, x_hq, q) in run.loop(pairs, {"cave": cave}, {"adam": optimizer}):
         with acc.accumulate(cave):
@@ -301,65 +290,45 @@ def stage1(run: Run, cfg: Stage1, data: list[Path], seed: int) -> None:
             l_rec = loss_rec(x_rec, (x_hq + 1) / 2)
             # Eq. 6
             loss = w_qf * l_qf + w_rec * l_rec
-            terms = {"qf": w_qf * l_qf, "rec": w_rec * l_rec}
-            if step == 0:
-                norms = gradient_norms(terms, trainable(cave))
-                acc.print("step 1: " + "  ".join(f"{k} {v:.3g}" for k, v in norms.items()))
+            run.gradients(step, cave, qf=w_qf * l_qf, rec=w_rec * l_rec)
             acc.backward(loss)
-            update(acc, cave, optimizer, cfg, step)
+            run.update(cave, optimizer, step)
         run.log(qf=l_qf, rec=l_rec, loss=loss)
-    if acc.is_main_process:
-        save_tensors(run.model / "stage1.safetensors", acc.unwrap_model(cave).state_dict(), config=asdict(cfg))
-    acc.wait_for_everyone()  # stage 2 reads that file
+    run.save(cave)
 
 
-def embedding_path(cave: CaVE) -> nn.ModuleList:
-    """What stage 2 and inference use of it."""
-    return nn.ModuleList([cave.m_head, cave.m_down1, cave.m_down2, cave.m_down3, cave.m_body_encoder])
-
-
-def load_cave(model: Path) -> CaVE:
-    tensors, header = load_tensors(model / "stage1.safetensors")
-    if "widths" not in header.get("config", {}):
-        raise UserError(f"{model / 'stage1.safetensors'}: not a CaVE checkpoint of codiff.py")
-    cave = CaVE(tuple(header["config"]["widths"]), header["config"]["blocks"])
-    try:
-        cave.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UserError(f"{model / 'stage1.safetensors'}: does not fit CaVE ({str(error).splitlines()[1].strip()})") from None
-    return cave
+def load_cave(weights: Path) -> CaVE:
+    """CaVE as stage 1 of the run in the folder `weights` left it."""
+    tensors, header = read_model(weights, "codiff", stage=1)
+    cfg = Stage1.read(header)
+    return load_trained(CaVE(cfg.widths, cfg.blocks), tensors, weights)
 
 
 # ------------------------------------------------------------------------------------------ stage 2
 
 
-def stage2(run: Run, cfg: Stage2, base: Path, data: list[Path], seed: int) -> None:
+def stage2(run: Run, cfg: Stage2) -> None:
     """The generator against its discriminator, with CaVE frozen, Sec. 3.3."""
-    if cfg.prompt == "cave" and not (run.model / "stage1.safetensors").exists():
-        raise UserError(f"--stage 2: {run.model / 'stage1.safetensors'} is missing; run stage 1 first (train --stage 1)")
-    torch.manual_seed(seed + 1)
-    G, D = CODiff(base, cfg.T_L, *prompt_source(cfg, base, run.model)), Discriminator(base, cfg.rank)
-    G.train_lora(cfg.rank)
-    real = SD(base, with_unet=False)  # z_H comes from the untouched encoder; the paper does not say which (ours)
-    dists = dists_vgg16() if cfg.dists == "vgg16" else dists_small()
-    if cfg.checkpointing:
-        for m in (G.sd.unet, G.sd.vae, D.unet):
-            m.enable_gradient_checkpointing()
-    acc = run.start(2, cfg, **{"UNet + LoRA": G.sd.unet, "VAE + LoRA": G.sd.vae, "CaVE": G.cave, "proj": G.proj,
-                               "discriminator": D})
-    acc.print("perceptual loss: " + ("DISTS (VGG16)" if cfg.dists == "vgg16" else
-                                     "DISTS' terms on a small random network (no download; not the metric DISTS)"))
-    pairs = JPEGPairs(data, cfg, G.multiple, seed + 1)
-    opt_G, opt_D = (torch.optim.AdamW(trainable(m), cfg.lr, weight_decay=cfg.weight_decay) for m in (G, D))
+    torch.manual_seed(run.seed + 1)
+    cave = load_cave(run.folder) if cfg.prompt == "cave" else None
+    tokens = None if cave else common.text_tokens(run.base, [""])[0]
+    G, D = CODiff(run.base, cfg, cave, tokens), Discriminator(run.base, cfg.rank)
+    G.add_lora(cfg.rank)
+    real = SD(run.base, with_unet=False)  # z_H comes from the untouched encoder; the paper does not say which
+    dists = common.dists_vgg16() if cfg.dists == "vgg16" else common.dists_small()
+    for m in (G.sd.unet, G.sd.vae, D.unet) if cfg.checkpointing else ():
+        m.enable_gradient_checkpointing()
+    acc, fingerprint = run.start(2, cfg, generator=G, discriminator=D), G.sd.fingerprint
+    pairs = JPEGPairs(run.data, cfg, G.multiple, run.seed + 1)
+    opt_G, opt_D = (torch.optim.AdamW(m.parameters(), cfg.lr, weight_decay=cfg.weight_decay) for m in (G, D))
     G, D, opt_G, opt_D = acc.prepare(G, D, opt_G, opt_D)
     G.train(), D.train(), dists.to(acc.device), real.to(acc.device)
-    critic = acc.unwrap_model(D)
+    critic, shape = acc.unwrap_model(D), real.latent_shape(cfg.crop)
     w = {term: float(term in cfg.losses) for term in LOSSES}  # Table 5; 1 each by default
-    shape = (real.vae.config.latent_channels, cfg.crop // real.f, cfg.crop // real.f)
 
     for step, (n, x_lq, x_hq, _) in run.loop(pairs, {"G": G, "D": D}, {"opt_G": opt_G, "opt_D": opt_D}):
         with acc.accumulate(G, D):
-            x_hat, z_hat = G(x_lq, noise_for(n, shape, seed, 3))
+            x_hat, z_hat = G(x_lq, noise_for(n, shape, run.seed, 3))
             l_2 = loss_2(x_hat, x_hq)
             l_dists = dists(x_hat, x_hq).mean()
             # Eq. 7
@@ -370,42 +339,18 @@ def stage2(run: Run, cfg: Stage2, base: Path, data: list[Path], seed: int) -> No
                 l_G = loss_G(critic(z_hat, cfg.T_D))
                 # Eq. 10
                 loss = l_per + w["gan"] * cfg.lambda_G * l_G
-                if step == 0:
-                    terms = {"l2": l_2, "dists": cfg.lambda_P * l_dists, "gan_g": cfg.lambda_G * l_G}
-                    acc.print("step 1: " + "  ".join(f"{k} {v:.3g}" for k, v in gradient_norms(terms, trainable(G)).items()))
+                run.gradients(step, G, l2=l_2, dists=cfg.lambda_P * l_dists, gan_g=cfg.lambda_G * l_G)
                 acc.backward(loss)
-            update(acc, G, opt_G, cfg, step)
+            run.update(G, opt_G, step)
 
             with torch.no_grad(), acc.autocast():
-                z_hq = real.encode(x_hq, noise_for(n, shape, seed, 4)).float()
+                z_hq = real.encode(x_hq, noise_for(n, shape, run.seed, 4)).float()
             fake, true = D(torch.cat([z_hat.detach(), z_hq]), cfg.T_D).chunk(2)
             l_D = loss_D(fake, true)
             acc.backward(l_D)
-            update(acc, D, opt_D, cfg, step)
+            run.update(D, opt_D, step)
         run.log(l2=l_2, dists=l_dists, gan_g=l_G, gan_d=l_D, loss=loss)
-
-    if acc.is_main_process:
-        G = acc.unwrap_model(G)
-        save_lora(G.sd.unet, run.model / "unet_lora")
-        save_lora(G.sd.vae, run.model / "vae_lora")
-        save_tensors(run.model / "stage2.safetensors", own_tensors(G))
-        write_json(run.model / "config.json", {"script": "codiff", "base": str(base), "base_sha256": fingerprint(base),
-                                               "stage2": asdict(cfg)})
-
-
-def prompt_source(cfg: Stage2, base: Path, model: Path) -> tuple[CaVE | None, nn.Parameter | None]:
-    """(CaVE, None), or for Table 3's ablations (None, tokens), learnable or those of the empty caption."""
-    if cfg.prompt == "cave":
-        return load_cave(model), None
-    empty = text_tokens(base, [""])[0]
-    if cfg.prompt == "empty":
-        return None, nn.Parameter(empty, requires_grad=False)
-    return None, nn.Parameter(torch.randn(empty.shape) * 0.02)
-
-
-def own_tensors(G: CODiff) -> dict[str, Tensor]:
-    """The generator's weights besides base, LoRA and CaVE: the linear map, or the ablation's tokens."""
-    return {k: v for k, v in G.state_dict().items() if k.startswith(("proj.", "tokens"))}
+    run.save(G, fingerprint=fingerprint)
 
 
 # ------------------------------------------------------------------------------- one-step inference
@@ -413,187 +358,68 @@ def own_tensors(G: CODiff) -> dict[str, Tensor]:
 
 def load(weights: Path, base: str | None = None) -> CODiff:
     """The trained generator of a run's folder, LoRA fused, on the device at hand, ready for `restore`."""
-    (config, folder), model = read_model(weights, "codiff", base), weights / "model"
-    tensors, _ = load_tensors(model / "stage2.safetensors")
-    tokens = tensors.get("tokens")
-    G = CODiff(folder, config["stage2"]["T_L"], None if tokens is not None else load_cave(model),
-               None if tokens is None else nn.Parameter(tokens, requires_grad=False))
-    fuse_lora(G.sd.unet, load_tensors(model / "unet_lora" / LORA_FILE)[0], model / "unet_lora" / LORA_FILE)
-    fuse_lora(G.sd.vae, load_tensors(model / "vae_lora" / LORA_FILE)[0], model / "vae_lora" / LORA_FILE)
-    fill(G, tensors, own_tensors(G), model / "stage2.safetensors")
-    return for_inference(G)
-
-
-def load_official(cave_pth: Path, codiff_pkl: Path, base: str | None = None) -> CODiff:
-    """The authors' checkpoints (their README links them), on SD 2.1-base. As released: LoRA scaled by 0.5
-    (lora_alpha stayed at 8), conv_in's own weights trained too. CaVE's decoder, which only training needs and
-    which adds 1 in every block there, is not loaded."""
-    folder, stage1, stage2 = find_base([base] if base else SD21_BASE), paper_values(Stage1), paper_values(Stage2)
-    cave = CaVE(stage1.widths, stage1.blocks)
-    fill(cave, load_pickle(cave_pth), [k for k in cave.state_dict() if not k.startswith(("m_body_decoder", "m_up", "m_tail"))], cave_pth)
-    G, release = CODiff(folder, stage2.T_L, cave), load_pickle(codiff_pkl)
-    for part, key in ((G.sd.unet, "state_dict_unet"), (G.sd.vae, "state_dict_vae")):
-        if not isinstance(release.get(key), dict):
-            raise UserError(f"{codiff_pkl}: not CODiff's checkpoint ({key} is missing)")
-        own = {k.replace(".base_layer", ""): v for k, v in release[key].items() if ".base_layer." in k}
-        fill(part, own, own, codiff_pkl)
-        lora = {re.sub(r"lora_([AB])\.\w+\.", r"lora_\1.", k): v for k, v in release[key].items() if ".lora_" in k}
-        fuse_lora(part, lora, codiff_pkl, scale=0.5)
-    fill(G.proj, release.get("proj", {}), G.proj.state_dict(), codiff_pkl)
-    return for_inference(G)
+    tensors, header = read_model(weights, "codiff")
+    cfg = Stage2.read(header)
+    cave = load_cave(weights) if cfg.prompt == "cave" else None
+    G = CODiff(base or header["base"], cfg, cave, tensors.get("tokens")).add_lora(cfg.rank)
+    G.sd.check(header, weights)
+    return common.for_inference(load_trained(G, tensors, weights))
 
 
 @torch.inference_mode()
-def restore(model: CODiff, image: Image.Image, color_fix: str = "adain", tile: int | None = None) -> Image.Image:
+def restore(model: CODiff, image: Image.Image, color_fix="adain", tile: int | None = None) -> Image.Image:
     """One JPEG-compressed image, any size, to its restored self: one UNet call, no noise drawn.
     DIFFERS: the release resizes to multiples of 8 and samples the latent; here pad, crop, and the mean."""
     x_lq = to_tensor(image)[None]
-    x_hat, mosaic = tiled(lambda x, run: model(x, run=run)[0], model.sd, pad_to(x_lq, model.multiple), model.multiple, tile)
-    x_hat = x_hat[:, :, :image.height, :image.width].float()
-    if color_fix == "adain":
-        x_hat = adain(x_hat, *(mosaic or (x_hat, x_lq.to(x_hat.device))))
-    return to_image(x_hat[0])
+    x = pad_to(x_lq, model.multiple)
+    tiles = Tiles(model.sd, x, model.multiple, tile)  # without `tile`, tiles(f, x) is f(x)
+    z_L = tiles(model.sd.encode, x)
+    z_hat = tiles(model.denoise, x, z_L)
+    x_hat = tiles(model.sd.decode, z_hat)[:, :, :image.height, :image.width].clamp(-1, 1).float().cpu()
+    return to_image((adain(x_hat, x_lq) if color_fix == "adain" else x_hat)[0])
 
 
-# -------------------------------------------------------------------------------- profile, figures
-
-
-def parts(G: CODiff, x_lq: Tensor) -> dict[str, tuple[list[nn.Module], callable]]:
-    """Inference's parts in order, {name: (modules, call)}, on inputs of x_lq's size."""
-    vae, (h, w) = G.sd.vae, x_lq.shape[2:]
-    x = x_lq.to(vae.dtype)
-    z = x.new_zeros(1, vae.config.latent_channels, h // G.sd.f, w // G.sd.f)
-    tokens, c_L = (x.new_zeros(1, h * w // CaVE.stride**2, d) for d in (G.proj.in_features, G.proj.out_features))
-    return {"CaVE, embedding path": ([embedding_path(G.cave)], lambda: G.cave.embed(x)),
-            "linear map": ([G.proj], lambda: G.proj(tokens)),
-            "VAE encoder": ([vae.encoder, vae.quant_conv], lambda: vae.encode(x)),
-            "UNet": ([G.sd.unet], lambda: G.sd.unet(z, G.T_L, c_L)),
-            "VAE decoder": ([vae.decoder, vae.post_quant_conv], lambda: vae.decode(z))}
-
-
-def profile_command(args) -> None:
-    """Table 2: parameters and MACs by part, in the paper's counting and in full; time and memory."""
-    base = find_base([args.base or (SD21_CONFIG if args.paper else TINY_SD)])
-    cfg1, cfg2 = (paper_values(s) if args.paper else s() for s in (Stage1, Stage2))
-
-    def build(lora: bool) -> CODiff:
-        G = CODiff(base, cfg2.T_L, CaVE(cfg1.widths, cfg1.blocks), weights=False)
-        if lora:
-            G.train_lora(cfg2.rank)
-        return G
-    profile(build, parts, args.size, args.time)
-
-
-@torch.inference_mode()
-def read_cave(cave: CaVE, files: list[Path], qfs: list[int], what: str) -> tuple[Tensor, Tensor]:
-    """Mean token (len(qfs), len(files), C) and predicted QF (len(qfs), len(files)) of every file's JPEGs."""
-    c, qf_hat = [], []
-    photos = [read_image(f)[0] for f in files]
-    for qf in tqdm(qfs, what, leave=False, disable=None):
-        maps = [cave.encode((pad_to(to_tensor(jpeg(p, qf))[None], CaVE.stride).to(device()) + 1) / 2)[0] for p in photos]
-        c.append(torch.cat([m.mean((2, 3)) for m in maps]).cpu())
-        qf_hat.append(torch.cat([100 - 100 * cave.qf_pred(m)[:, 0] for m in maps]).cpu())
-    return torch.stack(c), torch.stack(qf_hat)
-
-
-def figures_command(args) -> None:
-    """Fig. 4: CaVE's embeddings by QF in two dimensions (PCA), QFs never trained on ringed in red.
-    Fig. 7: mean squared error of the predicted QF at QF 1 to 6. Dual beside explicit learning."""
-    plt, files = matplotlib(), list_images(args.data or [ROOT / "data" / "photos" / "val"])
-    runs = {}
-    for path in (folder / "model" / "stage1.safetensors" for folder in (args.weights, args.against)):
-        if path.exists() or path.parents[1] == args.weights:
-            runs[load_tensors(path)[1]["config"]["learning"]] = path
-    if len(runs) < 2:
-        note(f"draws {', '.join(runs)} learning only; to compare: codiff.py train --stage 1 --learning explicit --out {args.against}")
-    fig4, axes = plt.subplots(1, len(runs), figsize=(5.2 * len(runs), 4), squeeze=False, layout="constrained")
-    fig7, bars = plt.subplots(figsize=(5, 3), layout="constrained")
-    far, near, results = [1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90], [1, 2, 3, 4, 5, 6], {}
-    for i, (learning, path) in enumerate(runs.items()):
-        cave, cfg = load_cave(path.parent).eval().to(device()), load_tensors(path)[1]["config"]
-        c = read_cave(cave, files, far, f"Fig. 4, {learning}")[0]
-        flat = c.flatten(0, 1) - c.mean((0, 1))
-        xy = (flat @ torch.linalg.svd(flat, full_matrices=False).Vh[:2].T).unflatten(0, c.shape[:2])
-        for qf, points in zip(far, xy):
-            seen = cfg["qf_min"] <= qf <= cfg["qf_max"]
-            axes[0, i].scatter(*points.T, s=30, color=plt.cm.viridis(qf / 95), edgecolors="none" if seen else "red", label=f"QF {qf}")
-        axes[0, i].set_title(f"{learning} learning")
-        error = (read_cave(cave, files, near, f"Fig. 7, {learning}")[1] - torch.tensor(near)[:, None]).square().mean(1).tolist()
-        bars.bar([qf + 0.4 * i - 0.2 for qf in near], error, 0.4, label=f"{learning} learning")
-        results[learning] = dict(zip(map(str, near), error))
-    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    bars.set(xlabel="quality factor", ylabel="QF prediction, MSE")
-    bars.legend()
-    for name, figure in (("fig4", fig4), ("fig7", fig7)):
-        target = args.weights / "samples" / f"{name}.png"
-        atomic(target, lambda tmp: figure.savefig(tmp, dpi=110))
-        print(target)
-    print(text_table(["MSE of the predicted QF at", *map(str, near)], [[k, *v.values()] for k, v in results.items()]))
+def adain(x: Tensor, reference: Tensor) -> Tensor:
+    """x (B, C, h, w) with each channel's mean and standard deviation changed to the reference's."""
+    std, mean = torch.std_mean(x, (2, 3), keepdim=True, correction=0)
+    std_to, mean_to = torch.std_mean(reference, (2, 3), keepdim=True, correction=0)
+    gain = std_to / std.clamp_min(1e-5)
+    return torch.addcmul(mean_to - mean * gain, x, gain)
 
 
 # ------------------------------------------------------------------------------------- command line
 
 
-def train_command(args) -> None:
-    if args.paper and not args.data:
-        raise UserError("--paper needs --data: the folders of DF2K and LSDIR (see data/README.md)")
-    cfg1, cfg2 = stage_config(Stage1, "s1", args), stage_config(Stage2, "s2", args)
-    base = find_base([args.base] if args.base else SD21_BASE if args.paper else [TINY_SD])
-    data = args.data or [ROOT / "data" / "photos" / "train"]
-    run = Run(args.out, {"script": "codiff", "base_sha256": fingerprint(base), "seed": args.seed,
-                         "data": sorted(str(Path(d).resolve()) for d in data),
-                         "stage1": asdict(cfg1), "stage2": asdict(cfg2)}, args.stage, args.resume, args.overwrite)
+def train(args) -> None:
+    cfg1, cfg2 = Stage1.of(args), Stage2.of(args)
+    run = Run(args, "codiff", SD21_BASE, cfg1, cfg2)
     if args.stage == "1" or args.stage == "all" and cfg2.prompt == "cave":
-        stage1(run, cfg1, data, args.seed)
+        stage1(run, cfg1)
     if args.stage in ("2", "all"):
-        stage2(run, cfg2, base, data, args.seed)
-        if run.main:
-            evaluation(load(run.folder, str(base)), run.folder, args.val, [5, 10, 20])
-            print(f"peak memory: {peak_memory()}")
+        stage2(run, cfg2)
+        run.evaluate()
 
 
-def evaluation(model: CODiff, out: Path, data, qfs: list[int], color_fix: str = "adain", tile: int | None = None, extra: bool = False) -> None:
-    files, picture = list_images(data or [ROOT / "data" / "photos" / "val"]), out / "samples" / "eval.png"
-    conditions = {f"JPEG QF {qf}": lambda image, _, qf=qf: jpeg(image, qf) for qf in qfs}
-    results = evaluate(files, conditions, lambda image: restore(model, image, color_fix, tile), SD(model.base, with_unet=False).to(device()),
-                       Metrics(device(), ("musiq", "maniqa", "clipiqa") if extra else ()), picture)
-    write_json(out / "metrics.json", {"images": [f.name for f in files], "color_fix": color_fix, "results": results})
-    print(f"\ncolour fix: {color_fix}   metrics: {out / 'metrics.json'}   picture: {picture}")
+def model_flags(p) -> None:
+    """Of restore and eval."""
+    common.model_flags(p, "codiff")
+    p.add_argument("--color-fix", choices=["adain", "none"], default="adain",
+                   help="AdaIN matches each channel's mean and deviation to the input's")
 
 
-def model_for(args) -> CODiff:
-    model = load_official(*args.weights_official, args.base) if args.weights_official else load(args.weights, args.base)
-    tile_size(args.tile, model.multiple)
-    return model
-
-
-def eval_command(args) -> None:
-    out = ROOT / "runs" / "codiff-official" if args.weights_official else args.weights
-    evaluation(model_for(args), out, args.data, args.qf, args.color_fix, args.tile, args.metrics == "all")
-
-
-def restore_command(args) -> None:
-    pairs, model = outputs(args.input, args.output), model_for(args)
-    restore_files(pairs, lambda image: (restore(model, image, args.color_fix, args.tile), ""))
+def restorer(args):
+    """What restore does: image -> (restored image, remark)."""
+    model = load(args.weights, args.base)
+    tile = common.check_tile(args.tile, model.multiple)
+    return lambda image: (restore(model, image, args.color_fix, tile), "")
 
 
 def main(argv: list[str] | None = None) -> None:
-    cli = Parser(prog="codiff.py", description="CODiff: one-step JPEG artifact removal (arXiv 2502.09873)")
-    commands = cli.add_subparsers(dest="command", required=True, parser_class=Parser)
-    add_train(commands, "codiff", {"s1": Stage1, "s2": Stage2}, train_command)
-    add_restore(commands, "codiff", restore_command)
-    add_eval(commands, "codiff", eval_command).add_argument("--qf", type=int, nargs="+", default=[5, 10, 20], help="JPEG quality factors")
-    for name in ("restore", "eval"):
-        commands.choices[name].add_argument("--color-fix", choices=["adain", "none"], default="adain",
-                                            help="AdaIN matches each channel's mean and deviation to the input's")
-        commands.choices[name].add_argument("--weights-official", nargs=2, type=Path, metavar=("CAVE.PTH", "CODIFF.PKL"),
-                                            help="the authors' checkpoints in place of a run's (on SD 2.1-base)")
-    add_profile(commands, profile_command)
-    add_figures(commands, "codiff", figures_command).add_argument(
-        "--against", type=Path, default=ROOT / "runs" / "codiff-explicit", help="a second run's folder, for comparison")
-    args = cli.parse_args(argv)
-    args.run(args)
+    cli = CommandLine("codiff.py", description="CODiff: one-step JPEG artifact removal (arXiv 2502.09873)")
+    cli.train(train, Stage1, Stage2)
+    model_flags(cli.restore(restorer))
+    cli.run(argv)
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    common.run_cli(main)

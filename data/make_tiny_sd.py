@@ -10,11 +10,12 @@ resumable (run the same command again), on CUDA or a CPU:
        64x64. There the decoder comes to rely on that size: GroupNorm sees a fixed share of zero-padded
        border, and contrast is wrong at any other (27.8 dB at 64x64, 19.7 at 256x256; after a phase of
        192x192 alone 27.1 there, 24.6 at 288x288). So it ends on crops of 64 to 288 pixels a side.
-    2. text encoder + UNet: text-to-image noise prediction on the latents, as Stable Diffusion; the text encoder
-       also learns to tell captions apart, as CLIP.
+    2. text encoder + UNet: text-to-image noise prediction on the latents, as Stable Diffusion; the text
+       encoder also learns to tell captions apart, as CLIP.
     3. validation figures, written to `data/tiny-sd/README.md` with the recipe.
 
-Matrices of VAE and UNet are trained with Muon (orthogonalised momentum, Jordan et al. 2024), the rest with AdamW.
+Matrices of VAE and UNet are trained with Muon (orthogonalised momentum, Jordan et al. 2024), the rest with
+AdamW.
 """
 
 import argparse
@@ -32,8 +33,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from common import (ROOT, UserError, atomic, list_images, load_part, load_tensors, note, pack, read_image, rng,
-                    run_cli, save_tensors, to_tensor, torch_rng, unpack)
+from common import ROOT, load_part, load_trained, run_cli, trained
+from data.files import UserError, atomic, load_tensors, note, save_tensors
+from data.pictures import list_images, read_image, rng, to_tensor, torch_rng
 
 LATENTS, WIDTHS, TEXT = 16, (16, 32, 64, 128), 96
 
@@ -68,15 +70,21 @@ def orthogonal(g: Tensor) -> Tensor:
     return x.T if tall else x
 
 
-def optimizers(parts: dict[float, list[torch.nn.Module]], lr: float, adam_lr: float, plain: list[torch.nn.Module] = []):
-    """Muon and AdamW over modules; the dict's keys scale the learning rates. AdamW alone for the `plain` ones."""
-    muon, adam = [], [{"params": [p for m in plain for p in m.parameters()], "lr": adam_lr, "base": adam_lr}] if plain else []
+def optimizers(parts: dict[float, list[torch.nn.Module]], lr: float, adam_lr: float,
+               plain: list[torch.nn.Module] = []):
+    """Muon and AdamW over modules; the dict's keys scale the learning rates. AdamW alone for the `plain`
+    ones."""
+    muon, adam = [], []
+    if plain:
+        params = [p for m in plain for p in m.parameters()]
+        adam.append({"params": params, "lr": adam_lr, "base": adam_lr})
     for scale, modules in parts.items():
         params = [p for m in modules for p in m.parameters()]
         wide = [p for p in params if p.ndim >= 2 and min(p.shape[:2]) >= 8 and p.shape[0] < 1000]
         ids = {id(p) for p in wide}
+        rest = [p for p in params if id(p) not in ids]
         muon.append({"params": wide, "lr": lr * scale, "base": lr * scale})
-        adam.append({"params": [p for p in params if id(p) not in ids], "lr": adam_lr * scale, "base": adam_lr * scale})
+        adam.append({"params": rest, "lr": adam_lr * scale, "base": adam_lr * scale})
     adamw = torch.optim.AdamW(adam, adam_lr, betas=(0.9, 0.99), weight_decay=0.0)
     return {"muon": Muon(muon, lr), "adam": adamw} if muon else {"adam": adamw}
 
@@ -138,9 +146,10 @@ def crop(photo: np.ndarray, size: tuple[int, int], r: np.random.Generator) -> Te
 
 
 def new_models(captions: list[str]):
-    vae = AutoencoderKL(block_out_channels=WIDTHS, layers_per_block=1, latent_channels=LATENTS, norm_num_groups=8,
-                        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-                        scaling_factor=1.0)
+    vae = AutoencoderKL(
+        block_out_channels=WIDTHS, layers_per_block=1, latent_channels=LATENTS, norm_num_groups=8,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        scaling_factor=1.0)
     unet = UNet2DConditionModel(
         in_channels=LATENTS, out_channels=LATENTS, block_out_channels=(64, 96, 128), layers_per_block=1,
         down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
@@ -159,8 +168,12 @@ def loop(name: str, work: Path, steps: int, modules, optims, loss_at, save_s: fl
     """Runs `loss_at(step)` for `steps` optimisation steps, saving and resuming; returns the seconds spent."""
     path, first, spent = work / f"{name}.safetensors", 0, 0.0
     if path.exists():
-        tensors, header = load_tensors(path)
-        unpack(tensors, modules, optims)
+        state, header = load_tensors(path)
+        for k, m in modules.items():
+            load_trained(m, state["modules"].get(k, {}), path)
+        for k, o in optims.items():
+            moments = {int(i): m for i, m in state["optimizers"][k].items()}
+            o.load_state_dict(o.state_dict() | {"state": moments})
         first, spent = header["step"], header["seconds"]
     start = saved = time.time()
     smooth: dict[str, float] = {}
@@ -182,7 +195,9 @@ def loop(name: str, work: Path, steps: int, modules, optims, loss_at, save_s: fl
         bar.set_postfix({k: f"{v:.4f}" for k, v in smooth.items()}, refresh=False)
         if time.time() - saved > save_s or step + 1 == steps:
             saved = time.time()
-            save_tensors(path, pack(modules, optims), step=step + 1, seconds=spent + saved - start)
+            state = {"modules": {k: trained(m) for k, m in modules.items()},
+                     "optimizers": {k: o.state_dict()["state"] for k, o in optims.items()}}
+            save_tensors(path, state, step=step + 1, seconds=spent + saved - start)
     return spent + time.time() - start
 
 
@@ -191,13 +206,14 @@ def train_vae(vae, photos, work, steps, large_steps, batch, device) -> float:
         def loss_at(step):
             r = rng(stream, step)
             chosen = [photos[i] for i in r.integers(len(photos), size=batch)]
-            size = [min(8 * r.integers(sides[0] // 8, sides[1] // 8 + 1), *(p.shape[k] // 8 * 8 for p in chosen)) for k in (0, 1)]
+            size = [min(8 * r.integers(sides[0] // 8, sides[1] // 8 + 1),
+                        *(p.shape[k] // 8 * 8 for p in chosen)) for k in (0, 1)]
             x = torch.stack([crop(p, size, r) for p in chosen])
             x = x.to(device, memory_format=torch.channels_last)
             with torch.set_grad_enabled(step >= joint_from):
                 posterior = vae.encode(x).latent_dist
-                noise = torch.randn(posterior.mean.shape, generator=torch_rng("cpu", stream + 1, step)).to(device)
-                z = posterior.mean + posterior.std * noise
+                noise = torch.randn(posterior.mean.shape, generator=torch_rng(stream + 1, step))
+                z = posterior.mean + posterior.std * noise.to(device)
             x_hat = vae.decode(z).sample
             mse, kl = F.mse_loss(x_hat, x), posterior.kl().mean() / x[0].numel()
             return {"loss": mse + 0.1 * F.l1_loss(x_hat, x) + 1e-5 * kl, "mse": mse, "kl": kl}
@@ -205,8 +221,10 @@ def train_vae(vae, photos, work, steps, large_steps, batch, device) -> float:
         return loop(name, work, steps, {"vae": vae}, optims, loss_at)
 
     decoder, encoder = [vae.decoder, vae.post_quant_conv], [vae.encoder, vae.quant_conv]
-    small = phase("vae", optimizers({1.0: decoder, 0.1: encoder}, 0.02, 2e-3), steps, batch, (64, 64), int(0.6 * steps), 1)
-    return small + phase("vae_large", optimizers({1.0: decoder}, 0.01, 1e-3), large_steps, max(1, batch // 4), (64, 288), large_steps, 11)
+    optims = optimizers({1.0: decoder, 0.1: encoder}, 0.02, 2e-3)
+    small = phase("vae", optims, steps, batch, (64, 64), int(0.6 * steps), 1)
+    optims = optimizers({1.0: decoder}, 0.01, 1e-3)
+    return small + phase("vae_large", optims, large_steps, max(1, batch // 4), (64, 288), large_steps, 11)
 
 
 @torch.no_grad()
@@ -225,15 +243,16 @@ def cache_latents(vae, photos, device) -> list[list[Tensor]]:
 
 
 class ImageTower(torch.nn.Module):
-    """The other half of a small CLIP (Radford et al. 2021): latents (B, C, h, w) and the text encoder's last token to
-    a common space, in which picture and caption shall find each other within the batch."""
+    """The other half of a small CLIP (Radford et al. 2021): latents (B, C, h, w) and the text encoder's last
+    token to a common space, in which picture and caption shall find each other within the batch."""
 
     def __init__(self):
         super().__init__()
         widths, layers = (LATENTS, 64, 128, 128), []
         for a, b in zip(widths, widths[1:]):
             layers += [torch.nn.Conv2d(a, b, 3, 2, 1), torch.nn.SiLU()]
-        self.image = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(widths[-1], TEXT))
+        self.image = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+                                         torch.nn.Linear(widths[-1], TEXT))
         self.text, self.log_scale = torch.nn.Linear(TEXT, TEXT), torch.nn.Parameter(torch.tensor(2.0))
 
     def loss(self, z: Tensor, e_text: Tensor) -> Tensor:
@@ -242,11 +261,14 @@ class ImageTower(torch.nn.Module):
         return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
 
 
-def train_unet(unet, text, tokenizer, scheduler, latents, captions, work, steps, batch, device, text_only: bool = False) -> float:
-    ids = tokenizer(captions + [""], padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+def train_unet(unet, text, tokenizer, scheduler, latents, captions, work, steps, batch, device,
+               text_only: bool = False) -> float:
+    ids = tokenizer(captions + [""], padding="max_length", truncation=True, max_length=77,
+                    return_tensors="pt").input_ids
     alpha_bar = scheduler.alphas_cumprod.to(device)
-    # Denoising alone teaches so small a text encoder to forget its words (captions' outputs differed by 3e-6 of their
-    # power after training with Muon, by 5e-3 with AdamW); Stable Diffusion's comes from CLIP, which tells captions apart.
+    # Denoising alone teaches so small a text encoder to forget its words (captions' outputs differed by 3e-6
+    # of their power after training with Muon, by 5e-3 with AdamW); Stable Diffusion's comes from CLIP, which
+    # tells captions apart.
     clip = ImageTower().to(device)
     unet.requires_grad_(not text_only)
     optims = optimizers({} if text_only else {1.0: [unet]}, 0.01, 1e-3, [text, clip])
@@ -259,7 +281,7 @@ def train_unet(unet, text, tokenizer, scheduler, latents, captions, work, steps,
         return torch.stack([v[:, y:y + size, x:x + size] for v, (y, x) in zip(views, corners)])
 
     def loss_at(step):
-        r, g = rng(3, step), torch_rng("cpu", 4, step)
+        r, g = rng(3, step), torch_rng(4, step)
         which, half = r.integers(len(latents), size=batch), r.integers(2)
         z = windows(which, half, r)
         which[r.random(batch) < 0.1] = -1  # the empty caption, for guidance
@@ -291,10 +313,12 @@ def validate(vae, unet, text, tokenizer, scheduler, files, device) -> dict[str, 
         z = vae.encode(x).latent_dist.mean
         psnr.append(10 * math.log10(4 / F.mse_loss(vae.decode(z).sample.clamp(-1, 1), x).item()))
         z = z * vae.config.scaling_factor
-        z_t = a ** 0.5 * z + (1 - a) ** 0.5 * torch.randn(z.shape, generator=torch_rng("cpu", 5, i)).to(device)
+        noise = torch.randn(z.shape, generator=torch_rng(5, i)).to(device)
+        z_t = a ** 0.5 * z + (1 - a) ** 0.5 * noise
         z_hat = (z_t - (1 - a) ** 0.5 * unet(z_t, t, c).sample) / a ** 0.5
         before.append(F.mse_loss(z_t / a ** 0.5, z).item()), after.append(F.mse_loss(z_hat, z).item())
-    return {"vae_psnr_db": np.mean(psnr), "latent_mse_noisy_t250": np.mean(before), "latent_mse_one_step_t250": np.mean(after)}
+    return {"vae_psnr_db": np.mean(psnr), "latent_mse_noisy_t250": np.mean(before),
+            "latent_mse_one_step_t250": np.mean(after)}
 
 
 README = """# tiny-sd: a Stable Diffusion in miniature
@@ -310,8 +334,10 @@ Made by `data/make_tiny_sd.py` (the recipe is one command and resumes), with
 | | |
 | --- | --- |
 | data | {images} photographs, {captioned} with a caption: see below |
-| VAE | {vae_steps} steps of {vae_batch} crops of 64x64, {vae_large_steps} of single crops of 64 to 288 px a side (decoder only), {vae_minutes:.0f} minutes |
-| UNet and text encoder | {unet_steps} steps of {unet_batch} latent crops of 12x12 (half-size photographs) or 24x24, {unet_minutes:.0f} minutes |
+| VAE | {vae_steps} steps of {vae_batch} crops of 64x64, {vae_large_steps} of single crops of 64 to 288 px \
+a side (decoder only), {vae_minutes:.0f} minutes |
+| UNet and text encoder | {unet_steps} steps of {unet_batch} latent crops of 12x12 (half-size photographs) \
+or 24x24, {unet_minutes:.0f} minutes |
 | machine | {machine} |
 | VAE PSNR on {val} unseen photographs (central 256x256) | **{vae_psnr_db:.2f} dB** |
 | latent MSE at t = 250: noisy z_t / sqrt(alpha_bar) | {latent_mse_noisy_t250:.3f} |
@@ -321,10 +347,8 @@ Made by `data/make_tiny_sd.py` (the recipe is one command and resumes), with
 """
 
 
-def make(args) -> None:
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def read_data(args) -> tuple[list[np.ndarray], list[str]]:
+    """Photographs and their captions, an empty one where there is none."""
     files = list_images(args.data)
     known = {}
     for folder in map(Path, args.data):
@@ -333,64 +357,90 @@ def make(args) -> None:
             known |= {folder / row["file"]: row["caption"] for row in rows}
     captions = [known.get(f, "") for f in files]
     photos = [np.asarray(read_image(f)[0]) for f in tqdm(files, "photographs", mininterval=10)]
-    keep = [i for i, p in enumerate(photos) if min(p.shape[:2]) >= 192 and (captions[i] or not args.text_only)]
-    photos, captions = [photos[i] for i in keep], [captions[i] for i in keep]
-    note(f"{len(photos)} photographs of at least 192 px, {sum(map(bool, captions))} with a caption; on {device}")
+    keep = [i for i, p in enumerate(photos)
+            if min(p.shape[:2]) >= 192 and (captions[i] or not args.text_only)]
+    return [photos[i] for i in keep], [captions[i] for i in keep]
+
+
+def make(args) -> None:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    photos, captions = read_data(args)
+    captioned = sum(map(bool, captions))
+    note(f"{len(photos)} photographs of at least 192 px, {captioned} with a caption; on {device}")
     torch.manual_seed(0)
     vae, unet, text, tokenizer = new_models(captions)
+    work, out = Path(args.work), Path(args.out)
     if args.text_only:
-        vae, unet = (load_part(type(m), Path(args.out), name) for m, name in ((vae, "vae"), (unet, "unet")))
-        tokenizer = load_part(CLIPTokenizer, Path(args.out), "tokenizer")
-        text = CLIPTextModel(CLIPTextConfig.from_pretrained(args.out, subfolder="text_encoder"))  # random weights
+        vae, unet = (load_part(type(m), out, name) for m, name in ((vae, "vae"), (unet, "unet")))
+        tokenizer = load_part(CLIPTokenizer, out, "tokenizer")
+        text = CLIPTextModel(CLIPTextConfig.from_pretrained(out, subfolder="text_encoder"))  # random weights
     else:
         pca_encoder(vae, photos[::7][:200])
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                              set_alpha_to_one=False, steps_offset=1)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                              clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     vae.to(device, memory_format=torch.channels_last), unet.to(device), text.to(device)
 
-    work = Path(args.work)
-    vae_s = 0 if args.text_only else train_vae(vae, photos, work, args.vae_steps, args.vae_large_steps, args.vae_batch, device)
+    vae_s = 0 if args.text_only else train_vae(vae, photos, work, args.vae_steps, args.vae_large_steps,
+                                               args.vae_batch, device)
     latents = cache_latents(vae.eval(), photos, device)
     if not args.text_only:
         scale = 1 / torch.cat([z[0].flatten() for z in latents]).std().item()
         vae.register_to_config(scaling_factor=round(scale, 5))
     latents = [[v * vae.config.scaling_factor for v in views] for views in latents]
-    unet_s = train_unet(unet, text, tokenizer, scheduler, latents, captions, work, args.unet_steps, args.unet_batch, device, args.text_only)
+    unet_s = train_unet(unet, text, tokenizer, scheduler, latents, captions, work, args.unet_steps,
+                        args.unet_batch, device, args.text_only)
 
-    out = Path(args.out)
     if args.text_only:
         return text.half().save_pretrained(out / "text_encoder")
     StableDiffusionPipeline(vae.half(), text.half(), tokenizer, unet.half(), scheduler, None, None,
                             requires_safety_checker=False).save_pretrained(out)
-    figures = validate(vae.float(), unet.float().eval(), text.float().eval(), tokenizer, scheduler, list_images(args.val), device)
+    val = list_images(args.val)
+    vae, unet, text = vae.float(), unet.float().eval(), text.float().eval()
+    figures = validate(vae, unet, text, tokenizer, scheduler, val, device)
     parts = {"VAE": vae, "UNet": unet, "text encoder": text}
-    sources = Path(args.sources).read_text() if args.sources else "Sources of the photographs: not recorded (`--sources`)."
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} cores, {platform.machine()}, no GPU"
-    text_readme = README.format(
-        params=", ".join(f"{k} {sum(p.numel() for p in m.parameters()) / 1e6:.2f} M" for k, m in parts.items()),
-        command=f"python -m data.make_tiny_sd --data PHOTOS --val OTHERS --vae-steps {args.vae_steps} --vae-large-steps {args.vae_large_steps} --vae-batch {args.vae_batch} "
-                f"--unet-steps {args.unet_steps} --unet-batch {args.unet_batch}",
-        images=len(photos), captioned=sum(map(bool, captions)), vae_steps=args.vae_steps, vae_large_steps=args.vae_large_steps, vae_batch=args.vae_batch,
-        unet_steps=args.unet_steps, unet_batch=args.unet_batch, vae_minutes=vae_s / 60, unet_minutes=unet_s / 60,
-        machine=machine, val=len(list_images(args.val)), sources=sources, **figures)
-    atomic(out / "README.md", lambda tmp: tmp.write_text(text_readme))
+    describe(args, parts, device, images=len(photos), captioned=captioned, val=len(val),
+             vae_minutes=vae_s / 60, unet_minutes=unet_s / 60, **figures)
     print(json.dumps({k: round(float(v), 4) for k, v in figures.items()}))
+
+
+def describe(args, parts: dict[str, torch.nn.Module], device: str, **figures) -> None:
+    """Writes the README of `--out`."""
+    sources = "Sources of the photographs: not recorded (`--sources`)."
+    if args.sources:
+        sources = Path(args.sources).read_text()
+    machine = f"{torch.get_num_threads()} cores, {platform.machine()}, no GPU"
+    if device == "cuda":
+        machine = torch.cuda.get_device_name()
+    settings = {k: getattr(args, k)
+                for k in ("vae_steps", "vae_large_steps", "vae_batch", "unet_steps", "unet_batch")}
+    flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in settings.items())
+    sizes = {k: sum(p.numel() for p in m.parameters()) for k, m in parts.items()}
+    text = README.format(
+        params=", ".join(f"{k} {n / 1e6:.2f} M" for k, n in sizes.items()),
+        command=f"python -m data.make_tiny_sd --data PHOTOS --val OTHERS {flags}",
+        machine=machine, sources=sources, **settings, **figures)
+    atomic(Path(args.out) / "README.md", lambda tmp: tmp.write_text(text))
 
 
 def main(argv=None):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--data", nargs="+", required=True, help="folders of photographs")
-    cli.add_argument("--val", nargs="+", required=True, help="photographs to measure on, none of them in --data")
+    cli.add_argument("--val", nargs="+", required=True,
+                     help="photographs to measure on, none of them in --data")
     cli.add_argument("--out", default=ROOT / "data" / "tiny-sd")
     cli.add_argument("--work", default=ROOT / "runs" / "tiny-sd", help="training state, for resuming")
-    cli.add_argument("--sources", help="a text file on the photographs' sources and terms, copied into the README")
+    cli.add_argument("--sources",
+                     help="a text file on the photographs' sources and terms, copied into the README")
     cli.add_argument("--vae-steps", type=int, default=20000)
     cli.add_argument("--vae-large-steps", type=int, default=5000)
     cli.add_argument("--vae-batch", type=int, default=8)
     cli.add_argument("--unet-steps", type=int, default=20000)
     cli.add_argument("--unet-batch", type=int, default=16)
     cli.add_argument("--threads", type=int, help="CPU threads")
-    cli.add_argument("--text-only", action="store_true", help="train the text encoder of --out anew, for --unet-steps steps, with its UNet frozen")
+    cli.add_argument("--text-only", action="store_true", help="train the text encoder of --out anew, for "
+                     "--unet-steps steps, with its UNet frozen")
     make(cli.parse_args(argv))
 
 

@@ -12,9 +12,18 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 
 import common
-from common import (SD, TINY_SD, Crops, Discriminator, UserError, adain, add_lora, count, dists_small, dists_vgg16,
-                    fixed_norms, frozen, fuse_lora, jpeg, layers, load_tensors, macs, noise_for, outputs, pack, pad_to, psnr_b,
-                    ramps, read_image, save_lora, starts, tiled, to_image, to_tensor, trainable, unpack)
+from codiff import adain
+from common import (SD, TINY_SD, Crops, Discriminator, Tiles, UserError, add_lora, dists_small, dists_vgg16,
+                    for_inference, frozen, jpeg, load_tensors, load_trained, noise_for, outputs, pad_to, read_image,
+                    save_tensors, to_image, to_tensor, trained)
+from data.files import atomic, write_json
+from data.pictures import fixed_norms, starts
+from data.results.complexity import macs
+from data.results.evaluate import psnr_b
+
+
+def learning(module):
+    return [p for p in module.parameters() if p.requires_grad]
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +44,9 @@ def test_x0_inverts_the_schedulers_own_noising(sd, prediction):
         out = eps if prediction == "epsilon" else scheduler.get_velocity(z, eps, steps)
         sd_prediction, sd.prediction = sd.prediction, prediction
         try:
-            assert torch.allclose(sd.x0(z_t, out, t), z, atol=2e-3)  # sqrt(alpha_bar) is 0.068 at t = 999
-            assert torch.allclose(sd.x0(z_t, out, steps), sd.x0(z_t, out, t))
+            one = sd.x0(z_t, out, sd.alpha_bar[t])
+            assert torch.allclose(one, z, atol=2e-3)  # sqrt(alpha_bar) is 0.068 at t = 999
+            assert torch.allclose(sd.x0(z_t, out, sd.alpha_bar[steps]), one)
         finally:
             sd.prediction = sd_prediction
 
@@ -66,42 +76,37 @@ def sd21(which):
 
 
 @pytest.mark.parametrize("which, under, without, modules, millions", [
-    ("unet", ("",), "time_emb", 258, 16.22), ("vae", ("encoder", "quant_conv"), "\0", 32, 1.48),
-    ("unet", ("down_blocks", "mid_block"), "\0", 119, None)])
+    ("unet", ("",), "time_emb", 258, 16.22), ("vae", ("encoder", "quant_conv"), "time_emb", 32, 1.48),
+    ("unet", ("down_blocks", "mid_block"), "time_embedding", 119, None)])
 def test_lora_covers_the_released_modules_of_sd21(which, under, without, modules, millions):
     model = sd21(which).requires_grad_(False)
-    names = layers(model, under, without)
-    assert len(names) == modules
+    with torch.device("meta"):
+        add_lora(model, 16, under, without)
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == modules
     if millions:
-        with torch.device("meta"):
-            add_lora(model, 16, names)
-        assert count(model, trainable=True) / 1e6 == pytest.approx(millions, abs=0.005)
+        assert sum(p.numel() for p in learning(model)) / 1e6 == pytest.approx(millions, abs=0.005)
 
 
-def test_lora_fused_equals_unfused_and_other_files_are_refused(tmp_path, sd):
-    x, t, c = torch.randn(1, 16, 8, 8), 199, torch.randn(1, 5, sd.unet.config.cross_attention_dim)
-
-    def unet():
-        return SD(TINY_SD).unet
-    lora = unet()
-    add_lora(lora, 4, layers(lora, without="time_emb"))
+def test_lora_fused_equals_unfused():
+    x, t, c = torch.randn(1, 16, 8, 8), 199, torch.randn(1, 5, 96)
+    plain, lora = SD(TINY_SD), SD(TINY_SD)
+    add_lora(lora.unet, 4)
     for name, p in lora.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05)
-    save_lora(lora, tmp_path / "lora")
-    tensors, _ = load_tensors(tmp_path / "lora" / common.LORA_FILE)
-    fused, plain, half = unet(), unet(), unet()
-    fuse_lora(fused, tensors, tmp_path)
-    fuse_lora(half, tensors, tmp_path, scale=0.5)
     with torch.no_grad():
-        unfused = lora(x, t, c).sample
-        assert (fused(x, t, c).sample - unfused).abs().max() < 1e-4
-        assert (plain(x, t, c).sample - unfused).abs().max() > 1e-2
-    assert not any("lora" in n for n, _ in fused.named_parameters())
-    w = [m.get_submodule("mid_block.resnets.0.conv1").weight for m in (plain, half, fused)]
-    assert torch.allclose(w[1], (w[0] + w[2]) / 2, atol=1e-6) and not torch.allclose(w[1], w[0], atol=1e-4)
-    with pytest.raises(UserError, match="other.safetensors"):
-        fuse_lora(unet(), {"text_model.q.lora_A.weight": torch.zeros(4, 8), "text_model.q.lora_B.weight": torch.zeros(8, 4)}, tmp_path / "other.safetensors")
+        unfused = lora.unet(x, t, c).sample
+        fused = for_inference(lora).unet(x, t, c).sample
+        assert (fused - unfused).abs().max() < 1e-4 and (plain.unet(x, t, c).sample - unfused).abs().max() > 1e-2
+    assert not any("lora" in n for n, _ in lora.named_parameters())
+
+
+def test_a_base_is_known_by_its_weights(tmp_path):
+    one, two = SD(TINY_SD), SD(TINY_SD, with_unet=False)
+    assert one.fingerprint == SD(TINY_SD).fingerprint != two.fingerprint
+    one.check({"fingerprint": one.fingerprint}, tmp_path)
+    with pytest.raises(UserError, match="another base"):
+        two.check({"fingerprint": one.fingerprint}, tmp_path)
 
 
 # ---- DISTS
@@ -121,7 +126,7 @@ def test_dists_equals_torchmetrics_with_the_same_vgg(monkeypatch):
 
 def test_small_dists_is_a_distance_with_a_gradient_and_no_trainable_weight():
     d, x = dists_small(), torch.rand(2, 3, 48, 48) * 2 - 1
-    assert d(x, x).abs().max() < 1e-5 and not trainable(d)
+    assert d(x, x).abs().max() < 1e-5 and not learning(d)
     noisy = (x + 0.1 * torch.randn_like(x)).requires_grad_()
     assert (d(noisy, x) > 1e-3).all() and (d(noisy + torch.randn_like(x), x) > d(noisy, x)).all()
     loss = d(noisy, x).mean()
@@ -137,7 +142,7 @@ def test_discriminator_passes_gradients_to_generator_lora_prompt_and_head():
     D = Discriminator(TINY_SD, 4)
     z = torch.randn(2, 16, 12, 12, requires_grad=True)
     with frozen(D):
-        assert not trainable(D)
+        assert not learning(D)
         D(z, 199).mean().backward()
         assert z.grad.abs().sum() > 0 and all(p.grad is None for p in D.parameters())
     D(z.detach(), 199).square().mean().backward()
@@ -196,7 +201,7 @@ def test_jpeg_is_libjpegs_at_that_quality():
 
 def test_adain_takes_the_references_statistics():
     x, y = torch.randn(2, 3, 20, 20) * 3 + 1, torch.randn(2, 3, 9, 9)
-    out = adain(x, x, y)
+    out = adain(x, y)
     assert torch.allclose(out.mean((2, 3)), y.mean((2, 3)), atol=1e-5)
     assert torch.allclose(out.std((2, 3), correction=0), y.std((2, 3), correction=0), atol=1e-4)
 
@@ -211,31 +216,29 @@ def test_psnr_b_is_psnr_without_blocks_and_lower_with_them():
 # ---- tiles
 
 
-@pytest.mark.parametrize("cells, size", [(5, 16), (16, 16), (17, 16), (29, 16), (30, 16), (31, 16), (128, 16), (9, 4), (157, 8)])
-def test_windows_cover_everything_and_their_weights_sum_to_one(cells, size):
-    firsts, px = starts(cells, size), 3
-    total = torch.zeros(max(cells, size) * px)
-    for first, weight in zip(firsts, ramps(firsts, size, max(cells, size), px)):
-        assert 0 <= first <= max(0, cells - size) and (weight > 0).all()
-        total[first * px:(first + size) * px] += weight
-    assert torch.allclose(total, torch.ones_like(total), atol=1e-6)
-    assert all(b - a <= size - size // 8 and b > a for a, b in zip(firsts, firsts[1:]))
+@pytest.mark.parametrize("cells, size", [(5, 16), (16, 16), (17, 16), (29, 16), (30, 16), (31, 16), (128, 16),
+                                         (9, 4), (157, 8)])
+def test_windows_cover_everything_and_overlap(cells, size):
+    firsts = starts(cells, size)
+    covered = {i for first in firsts for i in range(first, first + size)}
+    assert covered >= set(range(cells)) and max(firsts) == max(0, cells - size)
+    assert all(0 < b - a <= size - size // 4 for a, b in zip(firsts, firsts[1:]))
 
 
 def test_tiling_a_pointwise_network_is_exact_at_every_scale():
-    network = torch.nn.Conv2d(3, 3, 1)
-    x = torch.randn(1, 3, 8 * 21, 8 * 5)
+    network, x = torch.nn.Conv2d(3, 3, 1), torch.randn(1, 3, 8 * 21, 8 * 5)
 
-    def generate(x, run):
-        z = run(lambda x: torch.nn.functional.avg_pool2d(network(x), 4), x)
-        return run(lambda z, x: torch.nn.functional.interpolate(z, scale_factor=4) * network(x), z, x)
+    def both_stages(tiles):
+        z = tiles(lambda x: torch.nn.functional.avg_pool2d(network(x), 4), x)
+        return tiles(lambda z, x: torch.nn.functional.interpolate(z, scale_factor=4) * network(x), z, x)
     with torch.no_grad():
-        whole, none = tiled(generate, network, x, 8, None)
-        parts, (small_hat, small) = tiled(generate, network, x, 8, 64)
-    assert none is None and torch.allclose(whole, parts, atol=1e-5)
-    assert small.shape == small_hat.shape == (1, 3, 64, 40)
-    assert set(small[0, 0].flatten().tolist()) <= set(x[0, 0].flatten().tolist())  # patches of the image, untouched
-    assert torch.equal(small[0, :, :8], x[0, :, :8]) and torch.equal(small[0, :, -8:], x[0, :, -8:])
+        whole, parts = Tiles(network, x, 8, None), Tiles(network, x, 8, 64)
+        assert torch.allclose(both_stages(whole), both_stages(parts), atol=1e-5)
+        assert torch.equal(whole.mosaic(x), x)
+        mosaic = parts.mosaic(x)
+    assert mosaic.shape == (1, 3, 64, 40)
+    assert set(mosaic[0, 0].flatten().tolist()) <= set(x[0, 0].flatten().tolist())  # the image's own patches
+    assert torch.equal(mosaic[0, :, :8], x[0, :, :8]) and torch.equal(mosaic[0, :, -8:], x[0, :, -8:])
 
 
 def test_fixed_norms_keep_the_first_calls_statistics():
@@ -243,7 +246,7 @@ def test_fixed_norms_keep_the_first_calls_statistics():
     norm, x, y = torch.nn.GroupNorm(4, 8), torch.randn(1, 8, 32, 32) * 3 + 1, torch.randn(1, 8, 16, 16)
     torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
     plain = norm(x), norm(y)
-    with torch.no_grad(), fixed_norms(norm, (4, 4), [4, 4], [0]):  # not reduced: the statistics are the image's own
+    with torch.no_grad(), fixed_norms([norm], [4, 4], [4, 4]):
         assert torch.allclose(norm(x), plain[0], atol=1e-5)
         assert torch.allclose(norm(x.flatten(2)[..., :100]), plain[0].flatten(2)[..., :100], atol=1e-5)
         assert not torch.allclose(norm(y), plain[1], atol=1e-2)
@@ -255,21 +258,9 @@ def test_fixed_norms_give_the_border_a_large_maps_share():
     norm = torch.nn.GroupNorm(1, 1)
     small, large = torch.ones(1, 1, 32, 32), torch.ones(1, 1, 128, 64)
     small[..., 2:-2, 2:-2] = large[..., 2:-2, 2:-2] = 0
-    with fixed_norms(norm, (16, 8), [4, 4], [0]):
+    with fixed_norms([norm], [16, 8], [4, 4]):
         got = norm(small)
     assert torch.allclose(got.unique(), torch.nn.functional.group_norm(large, 1).unique(), atol=1e-4)
-
-
-def test_windows_see_the_image_go_on_beyond_their_edges():
-    """A constant picture through convolutions: only the picture's own border may show, none of the windows'."""
-    torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(4, 3, 3, padding=1))
-    x = torch.ones(1, 3, 160, 96)
-    with torch.no_grad():
-        whole = network(x)
-        parts, _ = tiled(lambda x, run: run(network, x), network, x, 8, 64)
-        assert torch.allclose(parts, whole, atol=1e-5) and not torch.allclose(whole[..., :2, :], whole[..., 2:4, :], atol=1e-3)
-        assert torch.equal(network(x), whole)  # and all is as before
 
 
 def test_macs_of_convolution_linear_and_attention():
@@ -293,11 +284,14 @@ def test_crops_are_a_function_of_seed_and_number(tmp_path, capsys):
     backward = [two.crop(n) for n in reversed(range(9))][::-1]
     assert all(np.array_equal(p, q) and p.shape == (24, 24, 3) for p, q in zip(forward, backward))
     assert not all(np.array_equal(p, q) for p, q in zip(forward, [Crops([tmp_path], 24, 4).crop(n) for n in range(9)]))
-    told = capsys.readouterr().err
-    assert "broken.png" in told and "small.png" in told
+    capsys.readouterr()
+    again = Crops([tmp_path], 24, 3)
+    again.read.cache_clear()
+    assert [again.file(n).name for n in range(30)].count("broken.png") == 0
+    assert capsys.readouterr().err.count("broken.png: not an image") == 1  # named once
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "x.png").write_bytes(b"")
-    with pytest.raises(UserError, match="none of the 1 images"):
+    with pytest.raises(UserError, match="none of the 1 training images"):
         Crops([tmp_path / "b"], 24, 0)
 
 
@@ -310,25 +304,22 @@ def test_noise_depends_on_the_sample_not_on_the_batch():
 # ---- plumbing
 
 
-def test_pack_and_unpack_bring_back_module_and_optimizer():
-    def make():
-        torch.manual_seed(1)
-        m = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
-        return m, torch.optim.AdamW(m.parameters(), 1e-2)
-
-    def steps(m, o, n):
-        for i in range(n):
-            torch.manual_seed(10 + i)
-            m(torch.randn(8, 3)).square().mean().backward()
-            o.step(), o.zero_grad()
-    m, o = make()
-    steps(m, o, 3)
-    n, p = make()
-    unpack({k: v.clone() for k, v in pack({"m": m}, {"o": o}).items()}, {"m": n}, {"o": p})
-    steps(m, o, 2), steps(n, p, 2)
-    assert all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), n.state_dict().values()))
-    with pytest.raises(UserError, match="does not fit"):
-        unpack(pack({"m": m}, {}), {"m": torch.nn.Linear(3, 5)}, {})
+def test_nested_tensors_and_a_trained_module_come_back(tmp_path):
+    def make(width=4):
+        return torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.BatchNorm1d(width), torch.nn.Linear(width, 1))
+    module, other = make(), make()
+    module[0].requires_grad_(False), other[0].requires_grad_(False)
+    assert trained(module).keys() == {"1.weight", "1.bias", "1.running_mean", "1.running_var",
+                                      "1.num_batches_tracked", "2.weight", "2.bias"}
+    path = tmp_path / "deep" / "state.safetensors"
+    save_tensors(path, {"modules": {"m": trained(module)}, "count": {3: {"step": torch.tensor(7.0)}}}, step=9)
+    state, header = load_tensors(path)
+    assert header == {"step": 9} and state["count"]["3"]["step"] == 7
+    load_trained(other, state["modules"]["m"], path)
+    assert torch.equal(other[2].weight, module[2].weight) and not torch.equal(other[0].weight, module[0].weight)
+    for bad in (make(5), torch.nn.Linear(3, 4)):
+        with pytest.raises(UserError, match="state.safetensors: does not fit"):
+            load_trained(bad, state["modules"]["m"], path)
 
 
 def test_outputs_never_overwrite_an_input(tmp_path):
@@ -337,21 +328,26 @@ def test_outputs_never_overwrite_an_input(tmp_path):
     (tmp_path / "only").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "only" / "d.png")
     with pytest.raises(UserError, match="overwrite"):
-        outputs([str(tmp_path / "only")], str(tmp_path / "only"))
+        outputs([str(tmp_path / "only")], tmp_path / "only")
     with pytest.raises(UserError, match="overwrite"):
-        outputs([str(tmp_path / "a.png")], str(tmp_path / "a.png"))
-    pairs = dict(outputs([str(tmp_path)], str(tmp_path / "out")))
+        outputs([str(tmp_path / "a.png")], tmp_path / "a.png")
+    pairs = dict(outputs([str(tmp_path)], tmp_path / "out"))
     assert {str(p.relative_to(tmp_path / "out")) for p in pairs.values()} == {"a.png.png", "a.jpg.png", "b.png", "only/d.png"}
-    assert outputs([str(tmp_path / "b.jpg")], str(tmp_path / "c.png")) == [(tmp_path / "b.jpg", tmp_path / "c.png")]
+    assert outputs([str(tmp_path / "b.jpg")], tmp_path / "c.png") == [(tmp_path / "b.jpg", tmp_path / "c.png")]
+    for folder in ("one", "two"):  # the same name in both: refused before any work
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / folder / "x.jpg")
+    with pytest.raises(UserError, match="another result"):
+        outputs([str(tmp_path / "one"), str(tmp_path / "two"), str(tmp_path / "one")], tmp_path / "out")
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "x.json"
-    common.write_json(path, {"old": 1})
+    write_json(path, {"old": 1})
 
     def torn(tmp):
         tmp.write_text("{")
         raise OSError(28, "No space left on device")
     with pytest.raises(UserError, match="No space left"):
-        common.atomic(path, torn)
+        atomic(path, torn)
     assert json.loads(path.read_text()) == {"old": 1} and [p.name for p in tmp_path.iterdir()] == ["x.json"]

@@ -2,8 +2,6 @@
 
 import json
 import math
-import shutil
-import signal
 import time
 import zlib
 from itertools import product
@@ -17,11 +15,15 @@ from PIL import Image
 from scipy import ndimage
 
 import oscar
-from common import ROOT, TINY_SD, Discriminator, UserError, dists_small, frozen, load_tensors, paper_values, read_image, rng, sobel, trainable
+from common import (ROOT, TINY_SD, Discriminator, UserError, dists_small, frozen, load_tensors, read_image,
+                    rng, save_tensors)
 from conftest import said_by
-from oscar import BPP, NAMES, OSCAR, RATES, S, V, HyperEncoder, Quantizer, Stage1, Stage2, parse_file, write_file
+from data.results import figures
+from oscar import (BPP, NAMES, OSCAR, RATES, S, V, HyperEncoder, HyperEncoders, Quantizer, Stage1, Stage2,
+                   parse_file, sobel, write_file)
 
 PHOTOS = ROOT / "data" / "photos"
+AT = "--bpp", "0.0313", "--weights"
 
 
 # ---- rates and networks
@@ -29,16 +31,14 @@ PHOTOS = ROOT / "data" / "photos"
 
 def test_bit_rates_are_the_papers():
     assert BPP == pytest.approx([float(n) for n in NAMES], abs=6e-5)
-    assert oscar.rate("0.0019") == 0 and oscar.rate("0.09375") == 6 and oscar.rate(".125") == 7
+    assert oscar.parse_bpp("0.0019") == 0 and oscar.parse_bpp("0.09375") == 6 and oscar.parse_bpp(".125") == 7
 
 
 def test_hyper_encoders_have_the_released_sizes():
-    """16.57, 14.10, 10.75, 7.41 M parameters at s = 8, 4, 2, 1, codebook buffers included where the release counts none."""
-    cfg = paper_values(Stage1)
     with torch.device("meta"):
-        Qs = oscar.new_hyper_encoders(cfg, 4)
-    sizes = {s: sum(p.numel() for p in Q.parameters()) / 1e6 for (s, _), Q in zip(RATES.values(), Qs)}
-    assert sizes == {8: pytest.approx(16.57, abs=0.01), 4: pytest.approx(14.10, abs=0.01), 2: pytest.approx(10.75, abs=0.01), 1: pytest.approx(7.41, abs=0.01)}
+        Qs = HyperEncoders(Stage1.paper(), 4)
+    sizes = {s: sum(p.numel() for p in Q.parameters()) / 1e6 for s, Q in zip(S, Qs)}
+    assert sizes == pytest.approx({8: 16.57, 4: 14.10, 2: 10.75, 1: 7.41}, abs=0.01)
 
 
 @pytest.mark.parametrize("s", [1, 2, 4, 8])
@@ -78,9 +78,9 @@ def test_one_moving_average_step_by_hand():
     q.embed_avg.copy_(2 * q.embed)
     q.cluster_size.fill_(2.0)
     e = torch.tensor([[0.8, 0.6], [1.0, 0.0], [0.6, 0.8], [0.0, -1.0]])
-    q.seen = [(e[:2], torch.tensor([0, 0])), (e[2:], torch.tensor([1, 2]))]  # two micro-batches
+    q.pending = [(e[:2], torch.tensor([0, 0])), (e[2:], torch.tensor([1, 2]))]  # two micro-batches
     live = q.update(0.8, lambda t: t, torch.Generator().manual_seed(0))
-    assert live == 3 and not q.seen
+    assert live == 3 and not q.pending
     assert torch.allclose(q.cluster_size, torch.tensor([0.8 * 2 + 0.2 * 2, 0.8 * 2 + 0.2, 0.8 * 2 + 0.2]))
     averages = torch.tensor([[1.6 + 0.2 * 1.8, 0.2 * 0.6], [0.2 * 0.6, 1.6 + 0.2 * 0.8], [-1.6, -0.2]])
     assert torch.allclose(q.embed_avg, averages)
@@ -91,7 +91,7 @@ def test_dead_codes_are_drawn_from_the_batch():
     q = Quantizer(2, 2, 8)
     q.cluster_size[:4], q.embed_avg[:4] = 1.0, q.embed[:4]
     e = F.normalize(torch.randn(64, 2), dim=1)
-    q.seen = [(e, torch.arange(64) % 4)]
+    q.pending = [(e, torch.arange(64) % 4)]
     before = q.embed.clone()
     assert q.update(0.9, lambda t: t, torch.Generator().manual_seed(1)) == 4
     for code in q.embed[4:]:
@@ -100,7 +100,7 @@ def test_dead_codes_are_drawn_from_the_batch():
     twice = [Quantizer(2, 2, 8) for _ in range(2)]
     for other in twice:  # a function of batch and generator alone
         other.load_state_dict(q.state_dict())
-        other.seen = [(e, torch.arange(64) % 4)]
+        other.pending = [(e, torch.arange(64) % 4)]
         other.update(0.9, lambda t: t, torch.Generator().manual_seed(2))
     assert torch.equal(twice[0].embed, twice[1].embed)
 
@@ -115,9 +115,10 @@ def test_straight_through_gradient_and_commitment():
     assert torch.allclose(out, q.decode(codes), atol=1e-6)
     w = torch.randn_like(out)
     through, = torch.autograd.grad((out * w).sum(), h, retain_graph=True)
-    direct, = torch.autograd.grad((q.decode(e) * w).sum(), h, retain_graph=True)  # as if nothing were quantised
+    direct, = torch.autograd.grad((q.decode(e) * w).sum(), h, retain_graph=True)  # as if not quantised
     assert torch.allclose(through, direct, atol=1e-5)
-    assert l_vq.item() == pytest.approx((2 - 2 * (e * codes).sum(-1)).mean().item(), rel=1e-5)  # |e - q|^2 of unit vectors
+    # |e - q|^2 of unit vectors
+    assert l_vq.item() == pytest.approx((2 - 2 * (e * codes).sum(-1)).mean().item(), rel=1e-5)
     assert l_vq.requires_grad and not q.embed.requires_grad
 
 
@@ -133,13 +134,14 @@ def test_eq_12_whole_tensors_have_the_cosine_sqrt_alpha_bar():
     z_0, eps = torch.randn(2_000_000), torch.randn(2_000_000)
     for t in (20, 250, 500, 900):
         a = alpha_bars()[t]
-        assert F.cosine_similarity(a.sqrt() * z_0 + (1 - a).sqrt() * eps, z_0, dim=0).item() == pytest.approx(a.sqrt().item(), abs=0.005)
+        noisy = a.sqrt() * z_0 + (1 - a).sqrt() * eps
+        assert F.cosine_similarity(noisy, z_0, dim=0).item() == pytest.approx(a.sqrt().item(), abs=0.005)
 
 
 def test_eq_12_positions_have_the_monte_carlo_cosine():
     torch.manual_seed(0)
     z_0 = torch.randn(8, 4, 64, 64)
-    G = oscar.g_sim(z_0, alpha_bars(), torch.Generator().manual_seed(1))
+    G = oscar.G_sim(z_0, alpha_bars(), torch.Generator().manual_seed(1))
     assert G.shape == (1000,) and torch.all(G[1:] < G[:-1])
     for t in (20, 250, 500, 900):
         a = alpha_bars()[t]
@@ -172,17 +174,19 @@ def test_eqs_9_to_13_find_the_timestep_of_a_true_diffusion_state(capsys):
 
 def test_gain_makes_eq_3_start_from_the_least_squares_estimate():
     torch.manual_seed(0)
-    Qs, z = oscar.new_hyper_encoders(Stage1(N=8, M=8, D=4), 16, 0), [3 * torch.randn(2, 16, 8, 8), torch.randn(1, 16, 16, 8)]
+    Qs = HyperEncoders(Stage1(N=8, M=8, D=4), 16)
+    z = [3 * torch.randn(2, 16, 8, 8), torch.randn(1, 16, 16, 8)]
     before = [oscar.cosine(z[0], Q.decode(Q.encode(z[0]))).item() for Q in Qs.eval()]
     square = sum(z_0.square().sum() for z_0 in z)
     oscar.set_gain(Qs, z)
     for Q in Qs:
-        assert sum(Q.decode(Q.encode(z_0)).square().sum() for z_0 in z).item() == pytest.approx(square.item(), rel=1e-4)
+        decoded = sum(Q.decode(Q.encode(z_0)).square().sum() for z_0 in z)
+        assert decoded.item() == pytest.approx(square.item(), rel=1e-4)
     alpha_bar = torch.linspace(0.2, 0.9, 8)
     oscar.set_gain(Qs, z, alpha_bar)
     for r, Q in enumerate(Qs):
         estimates = [Q.decode(Q.encode(z_0)) / alpha_bar[r].sqrt() for z_0 in z]
-        left_over = sum(((z_0 - x0) * x0).sum() for z_0, x0 in zip(z, estimates)).item()  # orthogonal to the estimate
+        left_over = sum(((z_0 - x0) * x0).sum() for z_0, x0 in zip(z, estimates)).item()  # orthogonal to it
         assert left_over == pytest.approx(0, abs=1e-4 * square.item())
         assert oscar.cosine(z[0], estimates[0]).abs().item() == pytest.approx(abs(before[r]), abs=1e-5)
 
@@ -193,15 +197,16 @@ def test_gain_makes_eq_3_start_from_the_least_squares_estimate():
 def test_losses_equal_their_formulas():
     torch.manual_seed(0)
     z_0, z = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
-    by_hand = [np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b) for a, b in
-               zip(z_0.permute(0, 2, 3, 1).reshape(-1, 4).numpy(), z.permute(0, 2, 3, 1).reshape(-1, 4).numpy())]
+    vectors = (t.permute(0, 2, 3, 1).reshape(-1, 4).numpy() for t in (z_0, z))
+    by_hand = [np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(*vectors)]
     assert oscar.loss_sim(z_0, z).item() == pytest.approx(-np.mean(by_hand), abs=1e-6)
     x, y = torch.rand(1, 3, 8, 8) * 2 - 1, torch.rand(1, 3, 8, 8) * 2 - 1
     assert oscar.loss_mse(x, y).item() == pytest.approx(np.square((x - y).numpy() / 2).mean(), rel=1e-5)
     fake, real = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
     bce = F.binary_cross_entropy_with_logits
     assert torch.allclose(oscar.loss_G(fake), bce(fake, torch.ones_like(fake)))
-    assert torch.allclose(oscar.loss_D(fake, real), bce(fake, torch.zeros_like(fake)) + bce(real, torch.ones_like(real)))
+    both = bce(fake, torch.zeros_like(fake)) + bce(real, torch.ones_like(real))
+    assert torch.allclose(oscar.loss_D(fake, real), both)
 
 
 def test_sobel_is_scipys():
@@ -214,9 +219,9 @@ def test_sobel_is_scipys():
 
 @pytest.fixture(scope="module")
 def generator():
-    G = OSCAR(TINY_SD, oscar.new_hyper_encoders(Stage1(N=16, M=16, D=8), 16, 0), [600, 500, 400, 390, 300, 290, 280, 200])
-    G.train_lora(4)
-    return G.train()
+    torch.manual_seed(0)
+    G = OSCAR(TINY_SD, Stage1(N=16, M=16, D=8), [600, 500, 400, 390, 300, 290, 280, 200])
+    return G.add_lora(4).train()
 
 
 def test_denoising_is_eq_3_at_the_rates_own_timestep(generator):
@@ -235,22 +240,25 @@ def test_each_loss_moves_hyper_encoder_lora_and_prompt_and_nothing_else(generato
     z_0 = generator.sd.encode(x)
     z_tilde, l_vq, z_hat, x_hat = generator(z_0, 4)
     with frozen(D):
-        losses = {"sim": oscar.loss_sim(z_0, z_tilde), "vq": l_vq, "mse": oscar.loss_mse(x_hat, x), "dists": dists(x_hat, x).mean(),
-                  "ea": oscar.loss_ea(dists, x_hat, x), "gan_g": oscar.loss_G(D(z_hat, 0))}
-    names = [n for n, p in generator.named_parameters() if p.requires_grad]
+        losses = {"sim": oscar.loss_sim(z_0, z_tilde), "vq": l_vq, "mse": oscar.loss_mse(x_hat, x),
+                  "dists": dists(x_hat, x).mean(), "ea": oscar.loss_ea(dists, x_hat, x),
+                  "gan_g": oscar.loss_G(D(z_hat, 0))}
+    names, parameters = zip(*((n, p) for n, p in generator.named_parameters() if p.requires_grad))
     assert all("lora_" in n or n.startswith(("hyper_encoders.", "prompt")) for n in names)
     Q = generator.hyper_encoders[4]
     for name, loss in losses.items():
-        grads = torch.autograd.grad(loss, trainable(generator), retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         moved = {n for n, g in zip(names, grads) if g is not None and g.abs().sum() > 0}
-        assert {".".join(n.split(".")[:2]) for n in moved if n.startswith("hyper")} == {"hyper_encoders.4"}, name  # this rate's alone
+        rates = {n.split(".")[1] for n in moved if n.startswith("hyper_encoders.")}
+        assert rates == {"4"}, name  # this rate's alone
         assert ("hyper_encoders.4.proj.0.weight" in moved) == (name != "vq"), name
         assert "hyper_encoders.4.backbone.0.weight" in moved, name
         assert any("lora_B" in n for n in moved) == ("prompt" in moved) == (name not in ("sim", "vq")), name
-    Q.quantizer.seen.clear()
+    Q.quantizer.pending.clear()
     oscar.loss_D(*D(torch.cat([z_hat.detach(), z_0]), 0).chunk(2)).backward()
     assert all(p.grad is None for p in generator.parameters())
-    assert {n.split(".")[0] for n, p in D.named_parameters() if p.grad is not None} == {"unet", "prompt", "head"}
+    moved = {n.split(".")[0] for n, p in D.named_parameters() if p.grad is not None}
+    assert moved == {"unet", "prompt", "head"}
 
 
 # ---- the file format
@@ -259,7 +267,8 @@ def test_each_loss_moves_hyper_encoder_lora_and_prompt_and_nothing_else(generato
 @pytest.fixture(scope="module")
 def codec():
     """What parse_file asks of a model, for SD 2.1's sizes."""
-    return SimpleNamespace(multiples=[64] * 8, digest=b"\xab\xcd", true_norms=False, sd=SimpleNamespace(f=8, vae=SimpleNamespace(config=SimpleNamespace(latent_channels=4))))
+    sd = SimpleNamespace(f=8, vae=SimpleNamespace(config=SimpleNamespace(latent_channels=4)))
+    return SimpleNamespace(multiples=[64] * 8, digest=b"\xab\xcd", true_norms=False, sd=sd)
 
 
 def shape(r, width, height):
@@ -270,22 +279,24 @@ def shape(r, width, height):
 def test_indices_survive_packing(codec, r):
     rows, cols = shape(r, 130, 70)
     streams = [rng(r, i).integers(0, V[r], (rows, cols)) for i in range(20)]
-    streams += [np.full((rows, cols), k) for k in (0, V[r] - 1, V[r] // 2, 1)] + [np.arange(rows * cols).reshape(rows, cols) % V[r]]
+    streams += [np.full((rows, cols), k) for k in (0, V[r] - 1, V[r] // 2, 1)]
+    streams += [np.arange(rows * cols).reshape(rows, cols) % V[r]]
     for idx in streams:
         data = write_file(r, (130, 70), idx, codec.digest)
         got = parse_file(data, codec)
         assert got[:2] == (r, (130, 70)) and np.array_equal(got[2], idx) and got[3] == b""
-        bits = "".join(f"{i:0{V[r].bit_length() - 1}b}" for i in idx.ravel())  # the plain reading of the format
-        assert data[9:-4] == int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")
+        bits = "".join(f"{i:0{V[r].bit_length() - 1}b}" for i in idx.ravel())  # a plain reading of the format
+        length = math.ceil(len(bits) / 8)
+        assert data[10:-4] == int(bits.ljust(length * 8, "0"), 2).to_bytes(length, "big")
 
 
 @pytest.mark.parametrize("r", range(8))
-def test_a_file_is_at_most_16_bytes_longer_than_its_indices(codec, r):
+def test_a_file_is_14_bytes_longer_than_its_indices(codec, r):
     idx = np.zeros(shape(r, 768, 512), int)
     nominal = 768 * 512 * BPP[r] / 8
-    assert nominal <= len(write_file(r, (768, 512), idx, codec.digest)) <= nominal + 16
-    assert len(write_file(r, (768, 512), idx, codec.digest, b"\1\2\3\4")) <= nominal + 20
-    assert len(write_file(r, (2**20, 1), np.zeros((0, 0), int), codec.digest)) <= 16
+    assert len(write_file(r, (768, 512), idx, codec.digest)) == nominal + 14
+    assert len(write_file(r, (768, 512), idx, codec.digest, b"\1\2\3\4")) == nominal + 18
+    assert len(write_file(r, (2**16 - 1, 1), np.zeros((0, 0), int), codec.digest)) == 14
 
 
 def test_norms_travel(codec):
@@ -294,16 +305,15 @@ def test_norms_travel(codec):
     assert parse_file(data, codec)[3] == bytes([1, 2, 250, 255])
     z_0 = torch.randn(1, 4, 30, 40) * torch.tensor([0.1, 0.5, 2.0, 7.0]).view(1, 4, 1, 1)
     exact = z_0.square().mean((0, 2, 3)).sqrt()
-    low, high = oscar.LOG2_RMS
-    decoded = 2 ** (low + torch.tensor(list(oscar.quantise_norms(z_0))) / 255 * (high - low))
-    assert torch.allclose(decoded, exact, rtol=0.014)
+    assert torch.allclose(oscar.read_norms(oscar.write_norms(z_0)), exact, rtol=0.014)
 
 
-# Written by version 1, from (37 k + 5) mod 1024, k = 0 .. 23, in 10 bits each.
-STORED = bytes.fromhex("4f531001abcd8201460142a13c74264be38d084b5525dd9c705e682e309567aa7ec4ba70eccf58d7d60b6b")
+# Written by version 2, from (37 k + 5) mod 1024, k = 0 .. 23, in 10 bits each.
+STORED = bytes.fromhex("4f532001abcd82004600"
+                       "0142a13c74264be38d084b5525dd9c705e682e309567aa7ec4ba70eccf58a18df412")
 
 
-def test_a_stored_file_of_version_1_still_parses(codec):
+def test_a_stored_file_of_version_2_still_parses(codec):
     r, size, idx, norms = parse_file(STORED, codec)
     assert (NAMES[r], size, norms) == ("0.0098", (130, 70), b"")
     assert idx.shape == (4, 6) and idx.ravel().tolist() == [(37 * k + 5) % 1024 for k in range(24)]
@@ -318,8 +328,13 @@ def test_a_thousand_mutations_are_refused_or_parse_and_allocate_nothing(codec, m
     """Cut, flipped, lengthened, spliced; half of them with a checksum that fits, as a malicious file has."""
     sizes = []
     real = oscar.unpack_bits
-    monkeypatch.setattr(oscar, "unpack_bits", lambda data, number, bits: sizes.append(number * bits / 8 - len(data)) or real(data, number, bits))
-    originals = [write_file(r, (130, 70), rng(r).integers(0, V[r], shape(r, 130, 70)), codec.digest) for r in range(8)]
+
+    def measured(data, number, bits):
+        sizes.append(number * bits / 8 - len(data))
+        return real(data, number, bits)
+    monkeypatch.setattr(oscar, "unpack_bits", measured)
+    originals = [write_file(r, (130, 70), rng(r).integers(0, V[r], shape(r, 130, 70)), codec.digest)
+                 for r in range(8)]
     refused, began = 0, time.time()
     for i in range(1000):
         g = rng(1000, i)
@@ -350,13 +365,16 @@ def test_a_thousand_mutations_are_refused_or_parse_and_allocate_nothing(codec, m
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda d: b"", "empty"), (lambda d: b"\x89PNG\r\n" + d, "not an OSCAR file"), (lambda d: d[:20], "checksum"), (lambda d: d + b"x", "checksum"),
-    (lambda d: with_checksum(d[:2] + b"\x20" + d[3:-4]), "version 2"), (lambda d: with_checksum(d[:2] + b"\x11" + d[3:-4]), "another model"),
-    (lambda d: with_checksum(d[:3] + b"\x08" + d[4:-4]), "bit-rate number 8"), (lambda d: with_checksum(d[:4] + b"zz" + d[6:-4]), "another model"),
-    (lambda d: with_checksum(d[:6] + b"\xff\xff\x3f\xff\xff\x3f" + d[9:-4]), "claims"), (lambda d: with_checksum(d[:6] + b"\xff\xff\xff\xff" + d[9:-4]), "not a size"),
-    (lambda d: with_checksum(d[:6] + b"\x90\x4e\x90\x4e" + d[9:-4]), "--max-pixels"), (lambda d: with_checksum(d[:6] + b"\x82\x02" + d[8:-4]), "need")])
-def test_each_kind_of_bad_file_has_its_line(codec, change, says, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000_000)
+    (lambda d: b"", "empty"), (lambda d: b"\x89PNG\r\n" + d, "not an OSCAR file"),
+    (lambda d: d[:2], "checksum"), (lambda d: d[:20], "checksum"), (lambda d: d + b"x", "checksum"),
+    (lambda d: with_checksum(d[:2] + b"\x10" + d[3:-4]), "version 1"),
+    (lambda d: with_checksum(d[:2] + b"\x21" + d[3:-4]), "another model"),
+    (lambda d: with_checksum(d[:4] + b"zz" + d[6:-4]), "another model"),
+    (lambda d: with_checksum(d[:3] + b"\x08" + d[4:-4]), "bit-rate number 8"),
+    (lambda d: with_checksum(d[:6] + b"\0\0" + d[8:-4]), "claims 0 x 70"),
+    (lambda d: with_checksum(d[:6] + b"\xff\xff\xff\xff" + d[10:-4]), "claims 65535 x 65535"),
+    (lambda d: with_checksum(d[:6] + b"\x02\x02" + d[8:-4]), "need")])
+def test_each_kind_of_bad_file_has_its_line(codec, change, says):
     with pytest.raises(UserError, match=says):
         parse_file(change(STORED), codec)
 
@@ -364,7 +382,8 @@ def test_each_kind_of_bad_file_has_its_line(codec, change, says, monkeypatch):
 # ---- the command line
 
 
-SHORT = ["--s1-N", 16, "--s1-M", 16, "--s1-D", 8, "--s1-crop", 64, "--s1-batch", 2, "--s1-measure", 8, "--s2-crop", 64, "--s2-batch", 2]
+SHORT = ["--s1-N", 16, "--s1-M", 16, "--s1-D", 8, "--s1-crop", 64, "--s1-batch", 2, "--s1-measure", 8,
+         "--s2-crop", 64, "--s2-batch", 2, "--s1-save-every", 2, "--s2-save-every", 2]
 
 
 def make_val(folder):
@@ -378,7 +397,7 @@ def val(tmp_path_factory):
 
 
 def train_args(out, val):
-    return [str(a) for a in ("train", "--out", out, "--s1-steps", 6, "--s2-steps", 8, "--s1-save-every", 2, "--s2-save-every", 2, "--val", val, *SHORT)]
+    return [str(a) for a in ("train", "--out", out, "--s1-steps", 6, "--s2-steps", 8, "--val", val, *SHORT)]
 
 
 @pytest.fixture(scope="session")
@@ -395,25 +414,30 @@ def model(run):
 
 def test_train_end_to_end(run):
     out, printed = run
-    for said in ("stage 1 on", "stage 2 on", "|grad sim|", "|grad gan_g|", "the release's t", "drift", "OSCAR 0.1250", "JPEG, quality 1", "VAE alone", "rd.png"):
+    for said in ("stage 1 on", "stage 2 on", "|grad sim|", "|grad gan_g|", "the release's t", "OSCAR 0.1250",
+                 "JPEG, quality 1", "VAE alone", "rd.png"):
         assert said in printed
-    assert float(next(line for line in printed.splitlines() if "|grad gan_g|" in line).split()[-1]) > 0  # the released code's is exactly 0
+    norms = next(line for line in printed.splitlines() if "|grad gan_g|" in line)
+    assert float(norms.split()[-1]) > 0  # the released code's is exactly 0
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [(r["stage"], r["step"]) for r in rows] == [(1, s) for s in range(6)] + [(2, s) for s in range(8)]
     assert {f"{k}@{name}" for k in ("cos", "live") for name in NAMES} <= rows[0].keys()
-    assert rows[-1]["repa"] == pytest.approx(rows[-1]["vq"] - next(v for k, v in rows[-1].items() if k.startswith("cos@")), abs=1e-6)
+    l_sim = -next(v for k, v in rows[-1].items() if k.startswith("cos@"))
+    assert rows[-1]["repa"] == pytest.approx(rows[-1]["vq"] + l_sim, abs=1e-6)
     drawn = [NAMES[int(rng(0, 5, step).integers(8))] for step in range(8)]  # a rate a step
     assert [[k[4:] for k in row if k.startswith("cos@")] for row in rows[6:]] == [[name] for name in drawn]
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-    assert files == {"config.json", "log.jsonl", "metrics.json", "samples/eval.png", "samples/rd.png", "last/stage1.safetensors", "last/stage2.safetensors",
-                     "model/config.json", "model/mapping.json", "model/stage1.safetensors", "model/stage2.safetensors",
-                     "model/unet_lora/pytorch_lora_weights.safetensors"}
+    assert files == {"config.json", "log.jsonl", "metrics.json", "samples/eval.png", "samples/rd.png",
+                     "last/stage1.safetensors", "last/stage2.safetensors", "model/mapping.json",
+                     "model/stage1.safetensors", "model/stage2.safetensors"}
     mapping = json.loads((out / "model" / "mapping.json").read_text())
-    assert json.loads((out / "model" / "config.json").read_text())["t"] == [mapping[name]["t"] for name in NAMES]
+    header = load_tensors(out / "model" / "stage2.safetensors")[1]
+    assert header["t"] == [mapping[name]["t"] for name in NAMES]
     results = json.loads((out / "metrics.json").read_text())["results"]
     for r, name in enumerate(NAMES):  # 133 x 91: padded to 192 x 128, or 160 x 96 for s < 8
         padded = 192 * 128 if S[r] == 8 else 160 * 96
-        assert 0 <= results[f"OSCAR {name}"]["bpp"] * 133 * 91 / 8 - padded * BPP[r] / 8 <= 17
+        frame = results[f"OSCAR {name}"]["bpp"] * 133 * 91 / 8 - padded * BPP[r] / 8
+        assert 13.999 < frame < 15
 
 
 def test_decompress_equals_the_in_memory_reconstruction_for_any_size(model, run, tmp_path):
@@ -435,7 +459,8 @@ def test_decompress_equals_the_in_memory_reconstruction_for_any_size(model, run,
                 z_hat = model.denoise(Q.decode(Q.encode(model.sd.encode(x))), r)
                 expected = oscar.to_image(model.sd.decode(z_hat)[0, :, :h, :w])
             got = Image.open(images / f"{name}.png")
-            assert got.size == (w, h) and np.array_equal(np.asarray(got), np.asarray(expected)), (name, NAMES[r])
+            assert got.size == (w, h), (name, NAMES[r])
+            assert np.array_equal(np.asarray(got), np.asarray(expected)), (name, NAMES[r])
 
 
 def test_tiles_keep_the_picture_and_the_file_readable(model):
@@ -448,58 +473,55 @@ def test_tiles_keep_the_picture_and_the_file_readable(model):
 def test_alpha_is_dropped_and_said_so(model, run, tmp_path, capsys):
     image = Image.new("RGBA", (40, 30), (200, 10, 10, 128))
     image.save(tmp_path / "a.png")
-    oscar.main(["compress", str(tmp_path / "a.png"), str(tmp_path / "a.oscar"), "--bpp", "0.0625", "--weights", str(run[0])])
-    assert "alpha" in capsys.readouterr().err
-    oscar.main(["decompress", str(tmp_path / "a.oscar"), str(tmp_path / "b.png"), "--weights", str(run[0])])
-    assert Image.open(tmp_path / "b.png").mode == "RGB"
+    a, b, weights = str(tmp_path / "a"), str(tmp_path / "b.png"), ["--weights", str(run[0])]
+    oscar.main(["compress", f"{a}.png", f"{a}.oscar", "--bpp", "0.0625", *weights])
+    assert "alpha" in capsys.readouterr().out
+    oscar.main(["decompress", f"{a}.oscar", b, *weights])
+    assert Image.open(b).mode == "RGB"
+
+
+def test_a_picture_longer_than_a_file_can_say_is_named_and_the_others_done(run, tmp_path, capsys):
+    Image.new("RGB", (2**16, 1)).save(tmp_path / "long.png")
+    Image.new("RGB", (9, 8)).save(tmp_path / "short.png")
+    with pytest.raises(UserError, match="1 of 2"):
+        oscar.main(["compress", str(tmp_path), str(tmp_path / "out"), *AT, str(run[0])])
+    assert "long.png: 65536 x 1 pixels; a file holds 65535 a side" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["short.oscar"]
 
 
 def same_run(one, two):
     for name in ("log.jsonl", "metrics.json", "model/mapping.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    for name in ("stage1.safetensors", "stage2.safetensors", "unet_lora/pytorch_lora_weights.safetensors"):
+    for name in ("stage1.safetensors", "stage2.safetensors"):
         a, b = (load_tensors(folder / "model" / name)[0] for folder in (one, two))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, val, monkeypatch):
     """Stopped by Ctrl-C within both stages, resumed each time: codebooks, mapping and losses are the same."""
-    out, args = tmp_path / "run", train_args(tmp_path / "run", val)
-    for stop in (3, 4):
-        calls = []
-        real = oscar.update_codebook
-
-        def interrupted(*a):
-            calls.append(1)
-            if len(calls) == (8 * stop if stop == 3 else stop):
-                signal.raise_signal(signal.SIGINT)
-            return real(*a)
+    out, args, real = tmp_path / "run", train_args(tmp_path / "run", val), oscar.update_codebook
+    for stop in (("stage1", 3), ("stage2", 3)):
+        def interrupted(run, Q, r, decay, step, seed):
+            if (run.stage, step) == stop:
+                raise KeyboardInterrupt
+            real(run, Q, r, decay, step, seed)
         monkeypatch.setattr(oscar, "update_codebook", interrupted)
-        if stop == 4:
-            monkeypatch.setattr(oscar, "stage1", skip_if_done(oscar.stage1, calls))
-        with pytest.raises(UserError, match="interrupted"):
+        with pytest.raises(KeyboardInterrupt):
             oscar.main([*args, *(["--resume"] if (out / "config.json").exists() else [])])
         monkeypatch.undo()
     oscar.main([*args, "--resume"])
     same_run(out, run[0])
 
 
-def skip_if_done(stage1, calls):
-    """stage1, after which the count of codebook updates starts anew."""
-    def wrapped(*a):
-        stage1(*a)
-        calls.clear()
-    return wrapped
-
-
 def test_two_processes_give_the_losses_of_one(run, two_processes, tmp_path, val):
-    """Both stages: the codebooks see all processes' vectors. (Later steps part a little, once rounding has sent one
-    vector to another of two codes about as near.)"""
+    """Both stages: the codebooks see all processes' vectors. (Later steps part a little, once rounding has
+    sent one vector to another of two codes about as near.)"""
     two_processes("oscar", train_args(tmp_path / "run", val))
-    one, two = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (run[0], tmp_path / "run"))
+    one, two = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+                for folder in (run[0], tmp_path / "run"))
     assert len(one) == len(two) == 14
     for a, b in zip(one, two):
-        near = {"rel": 1e-3, "abs": 1e-4} if a["step"] < 2 else {"rel": 0.2, "abs": 0.05}
+        near = {"rel": 1e-3, "abs": 1e-4} if a["step"] < 2 else {"rel": 0.2, "abs": 0.2}
         assert {k: pytest.approx(v, **near) for k, v in a.items()} == b
 
 
@@ -513,22 +535,31 @@ def test_ablations(run, tmp_path, val, capsys):
     assert oscar.load(out).t == list(oscar.RELEASED_T)
     row = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     cfg = Stage2()
-    assert row["loss"] == pytest.approx(cfg.lambda_repa * row["repa"] + cfg.lambda_dists * row["dists"] + cfg.lambda_2 * row["gan_g"], rel=1e-4)
+    loss = cfg.lambda_repa * row["repa"] + cfg.lambda_dists * row["dists"] + cfg.lambda_2 * row["gan_g"]
+    assert row["loss"] == pytest.approx(loss, rel=1e-4)
     assert row["repa"] == row["vq"]  # no L_sim
-    T = oscar.choose_mapping(Stage2(mapping="random"), None, 1000, 0)
-    assert T == oscar.choose_mapping(Stage2(mapping="random"), None, 1000, 0) != oscar.choose_mapping(Stage2(mapping="random"), None, 1000, 1)
-    assert len(T) == 8 and 0 <= min(T) and max(T) < 1000
-    mapping = run[0] / "model" / "mapping.json"
-    assert oscar.choose_mapping(Stage2(mapping=str(mapping)), None, 1000, 0) == oscar.load(run[0]).t
-    (tmp_path / "bad.json").write_text('{"0.0019": {"t": 3}}')
-    with pytest.raises(UserError, match="not a mapping"):
-        oscar.choose_mapping(Stage2(mapping=str(tmp_path / "bad.json")), None, 1000, 0)
+
+
+def test_mappings(run, tmp_path):
+    def chosen(mapping, seed=0):
+        return oscar.choose_mapping(Stage2(mapping=str(mapping)), None, 1000, seed)
+    t = chosen("random")
+    assert t == chosen("random") != chosen("random", 1)
+    assert len(t) == 8 and 0 <= min(t) and max(t) < 1000
+    assert chosen(run[0] / "model" / "mapping.json") == oscar.load(run[0]).t
+    for bad in ('{"0.0019": {"t": 3}}', "no JSON", "[]"):
+        (tmp_path / "bad.json").write_text(bad)
+        with pytest.raises(UserError, match="not one like a run's"):
+            chosen(tmp_path / "bad.json")
+    (tmp_path / "bad.json").write_text(json.dumps({name: {"t": 1000} for name in NAMES}))
+    with pytest.raises(UserError, match="must lie in"):
+        chosen(tmp_path / "bad.json")
 
 
 def test_residual_of_a_true_diffusion_state_is_gaussian():
     torch.manual_seed(0)
     z = [torch.randn(2, 16, 32, 32)]
-    eps = oscar.residual(Noise(300), z, alpha_bars()[300])
+    eps = figures.residual(Noise(300), z, alpha_bars()[300])
     assert abs(eps.mean()) < 0.01 and eps.std() == pytest.approx(1, abs=0.01) and len(eps) == 2 * 16 * 32 * 32
 
 
@@ -544,58 +575,73 @@ def test_profile_counts_the_papers_model(capsys):
     oscar.main(["profile", "--paper", "--size", "768x512", "--no-time"])
     said = capsys.readouterr().out
     assert "965.9 M parameters (the paper: 965.9 M)" in said and "one image of 768 x 512 pixels" in said
-    for row in ("0.0019 bpp  8   256     16.57 M", "0.1250 bpp  1   256      7.41 M"):
-        assert row.split() == next(line for line in said.splitlines() if line.startswith(row[:10])).split()[:len(row.split())]
+    rows = {line.split()[0]: line.split()[2:6] for line in said.splitlines() if " bpp " in line}
+    assert rows["0.0019"] == ["8", "256", "16.57", "M"] and rows["0.1250"] == ["1", "256", "7.41", "M"]
 
 
 # ---- bad input
 
 
 @pytest.mark.parametrize("args, says", [
-    (["compress", "{photo}", "{tmp}/x.oscar", "--bpp", "0.5"], "0.0019, 0.0098, 0.0313, 0.0430, 0.0625, 0.0781, 0.0937, 0.1250"),
-    (["compress", "{photo}", "{tmp}/x.oscar", "--bpp", "lots"], "0.0019"), (["compress", "{photo}", "{tmp}/x.oscar"], "--bpp"),
-    (["compress", "{tmp}/none.png", "{tmp}/x.oscar", "--bpp", "0.0313", "--weights", "{run}"], "no such file"),
-    (["compress", "{photo}", "{photo}/x.oscar", "--bpp", "0.0313", "--weights", "{run}"], "cannot be written"),
-    (["compress", "{photo}", "{tmp}/x.oscar", "--bpp", "0.0313", "--weights", "{tmp}"], "is {tmp} a run's folder"),
-    (["compress", "{photo}", "{tmp}/x.oscar", "--bpp", "0.0313", "--weights", "{run}", "--tile", "100"], "--tile 100"),
+    (["compress", "{photo}", "{tmp}/x.oscar", "--bpp", "0.5"], ", ".join(NAMES)),
+    (["compress", "{photo}", "{tmp}/x.oscar", "--bpp", "lots"], "0.0019"),
+    (["compress", "{photo}", "{tmp}/x.oscar"], "--bpp"),
+    (["compress", "{tmp}/none.png", "{tmp}/x.oscar", *AT, "{run}"], "no such file"),
+    (["compress", "{photo}", "{photo}/x.oscar", *AT, "{run}"], "cannot be written"),
+    (["compress", "{photo}", "{tmp}/x.oscar", *AT, "{tmp}"], "no such file; oscar.py train"),
+    (["compress", "{photo}", "{tmp}/x.oscar", *AT, "{run}", "--tile", "100"], "--tile 100"),
     (["decompress", "{photo}", "{tmp}/x.png", "--weights", "{run}"], "not an OSCAR file"),
     (["decompress", "{tmp}/empty.oscar", "{tmp}/x.png", "--weights", "{run}"], "empty"),
     (["decompress", "{tmp}", "{tmp}/out", "--weights", "{run}"], "2 of 2"),
     (["decompress", "{tmp}/none", "{tmp}/x.png", "--weights", "{run}"], "no such file"),
-    (["train", "--out", "{run}"], "--resume"), (["train", "--mapping", "{tmp}/none.json", "--out", "{tmp}/r"], "none.json"),
-    (["train", "--losses", "mse,lpips", "--out", "{tmp}/r"], "lpips"), (["train", "--s1-crop", "100", "--out", "{tmp}/r"], "multiple of 64"),
-    (["train", "--stage", "2", "--out", "{tmp}/r"], "run stage 1 first"), (["profile", "--size", "0"], "--size"),
-    (["compress", "{photo}", "{tmp}/x.oscar", "--bpp", "0.0313", "--weights-official", "{tmp}/empty.oscar"], "checkpoint")])
+    (["decompress", "{tmp}/pictures", "{tmp}/out", "--weights", "{run}"], "nor a folder of .oscar files"),
+    (["train", "--out", "{run}"], "--resume"),
+    (["train", "--mapping", "{tmp}/none.json", "--out", "{tmp}/r"], "none.json"),
+    (["train", "--losses", "mse,lpips", "--out", "{tmp}/r"], "lpips"),
+    (["train", "--s1-crop", "100", "--out", "{tmp}/r"], "multiple of 64"),
+    (["train", "--stage", "2", "--out", "{tmp}/r"], "stage 1 first"),
+    (["profile", "--size", "0"], "--size")])
 def test_bad_input_is_one_line(run, tmp_path, capsys, args, says):
+    (tmp_path / "pictures").mkdir()
     (tmp_path / "empty.oscar").write_bytes(b"")
     (tmp_path / "cut.oscar").write_bytes(STORED[:25])
     names = {"photo": PHOTOS / "val" / "chelsea.png", "tmp": tmp_path, "run": run[0]}
     before = {p for p in tmp_path.rglob("*")}
     with pytest.raises((UserError, SystemExit)) as stopped:
         oscar.main([a.format(**names) for a in args])
-    message = capsys.readouterr().err if stopped.type is SystemExit else str(stopped.value) + capsys.readouterr().err
+    message = capsys.readouterr().err + ("" if stopped.type is SystemExit else str(stopped.value))
     assert says.format(**names) in message
     assert stopped.type is UserError or stopped.value.code == 2
-    assert not [p for p in tmp_path.rglob("*") if p not in before and p.is_file() and p.suffix in (".png", ".oscar")]  # nothing half-written
+    made = {p for p in tmp_path.rglob("*") if p.is_file() and p.suffix in (".png", ".oscar")}
+    assert made <= before  # nothing half-written
 
 
-def test_models_of_other_rates_or_scripts_are_refused(run, tmp_path):
-    other = tmp_path / "run"
-    shutil.copytree(run[0] / "model", other / "model")
-    config = json.loads((other / "model" / "config.json").read_text())
-    for change, says in (({"rates": {"0.5": [1, 16]}}, "other bit-rates"), ({"script": "codiff"}, "trained by codiff.py"), ({"base_sha256": "0" * 64}, "SHA-256")):
-        (other / "model" / "config.json").write_text(json.dumps({**config, **change}))
-        with pytest.raises(UserError, match=says):
-            oscar.load(other)
+def changed(run, out, header, tensors=lambda t: None):
+    """A copy of a run's model with parts of its header or tensors changed."""
+    path = out / "model" / "stage2.safetensors"
+    weights, recorded = load_tensors(run / "model" / path.name)
+    tensors(weights)
+    save_tensors(path, weights, **recorded | header)
+    return out
+
+
+@pytest.mark.parametrize("header, says", [
+    ({"script": "codiff"}, "not made by oscar.py"), ({"fingerprint": "0" * 64}, "another base"),
+    ({"stage1.N": 8}, "does not fit")])
+def test_models_of_other_scripts_bases_or_sizes_are_refused(run, tmp_path, header, says):
+    with pytest.raises(UserError, match=says):
+        oscar.load(changed(run[0], tmp_path / "run", header))
+
+
+def test_a_model_of_other_rates_is_refused(run, monkeypatch):
+    monkeypatch.setattr(oscar, "RATES", {**RATES, "0.0019": (8, 512)})
+    with pytest.raises(UserError, match="does not fit"):
+        oscar.load(run[0])
 
 
 def test_a_file_of_another_model_is_refused(model, run, tmp_path, val):
-    other = tmp_path / "run"
-    shutil.copytree(run[0] / "model", other / "model")
-    tensors, _ = load_tensors(other / "model" / "stage2.safetensors")
-    tensors["prompt"] += 0.01
-    oscar.save_tensors(other / "model" / "stage2.safetensors", tensors)
-    data = oscar.compress(oscar.load(other), Image.open(val / "cat.png"), 4)
+    other = oscar.load(changed(run[0], tmp_path / "run", {}, lambda tensors: tensors["prompt"].add_(0.01)))
+    data = oscar.compress(other, Image.open(val / "cat.png"), 4)
     with pytest.raises(UserError, match="another model"):
         oscar.decompress(model, data)
-    assert oscar.decompress(oscar.load(other), data).size == (133, 91)
+    assert oscar.decompress(other, data).size == (133, 91)

@@ -1,5 +1,6 @@
-"""oscar.py with a checkpoint in the released format, against what the released code computes on the same weights."""
+"""OSCAR's released checkpoint, converted, against what the released code computes on the same weights."""
 
+import re
 import sys
 
 import numpy as np
@@ -9,7 +10,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 
 import oscar
-from common import ROOT, UserError, layers, paper_values
+from common import ROOT, UserError
+from data import convert
 
 sys.path.append(str(ROOT / "tests" / "oracles"))
 from fill import fill_state_dict, fill_value  # noqa: E402
@@ -19,41 +21,65 @@ EXPECTED = np.load(ROOT / "tests" / "oracles" / "oscar_64x128.npz")
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
-    """(folder, oscar.pkl): every weight filled from its name; key names as released. Bases: folder / prediction type."""
+    """(folder, oscar.pkl): weights filled from their names, keys as released. Bases: folder / prediction."""
     folder = tmp_path_factory.mktemp("release")
-    unet = fill_state_dict(UNet2DConditionModel(block_out_channels=(32, 64, 64, 64), attention_head_dim=(2, 4, 4, 4), cross_attention_dim=1024,
-                                                use_linear_projection=True))
-    vae = fill_state_dict(AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-                                        block_out_channels=(32, 32, 64, 64), latent_channels=4, layers_per_block=2))
+    unet = UNet2DConditionModel(block_out_channels=(32, 64, 64, 64), attention_head_dim=(2, 4, 4, 4),
+                                cross_attention_dim=1024, use_linear_projection=True)
+    vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+                        block_out_channels=(32, 32, 64, 64), latent_channels=4, layers_per_block=2)
     for prediction in ("epsilon", "v_prediction"):
-        unet.save_pretrained(folder / prediction / "unet")
-        vae.save_pretrained(folder / prediction / "vae")
-        DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction).save_pretrained(folder / prediction / "scheduler")
-    hyper_encoders = {}
-    for k, v in oscar.new_hyper_encoders(paper_values(oscar.Stage1), 4).state_dict().items():
-        if k.endswith("gain"):  # ours
-            continue
-        code = k.endswith(("embed", "embed_avg", "cluster_size"))
-        key, shape = (k.replace("quantizer.", "quantizer._codebook."), (1, *v.shape)) if code else (k, v.shape)
-        hyper_encoders[key] = fill_value(f"hyper_encoders.{key}", shape)
-        hyper_encoders[f"{k.split('.')[0]}.quantizer._codebook.initted"] = torch.ones(1)
-    lora = {}
-    for name in layers(unet, without="time_emb"):
-        w = unet.get_submodule(name).weight
-        adapter = "decoder" if name.startswith(("up_blocks", "conv_out")) else "others" if name.startswith("mid_block") else "encoder"
-        for k, shape in {"A": (16, *w.shape[1:]), "B": (w.shape[0], 16, *[1] * (w.dim() - 2))}.items():
-            key = f"{name}.lora_{k}.default_{adapter}.weight"
-            lora[key] = 0.5 * fill_value(key, shape)
-    for k in ("weight", "bias"):
-        lora[f"conv_in.base_layer.{k}"] = unet.state_dict()[f"conv_in.{k}"].clone()
-    torch.save({"hyper_encoders": hyper_encoders, "embeddings": fill_value("embeddings", (77, 1024)), "rank_unet": 16,
-                "unet_lora_encoder_modules": ["conv_in"], "state_dict_unet": lora}, folder / "oscar.pkl")
+        fill_state_dict(unet).save_pretrained(folder / prediction / "unet")
+        fill_state_dict(vae).save_pretrained(folder / prediction / "vae")
+        scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                  prediction_type=prediction)
+        scheduler.save_pretrained(folder / prediction / "scheduler")
+    torch.save({"hyper_encoders": hyper_encoders(), "embeddings": fill_value("embeddings", (77, 1024)),
+                "rank_unet": 16, "unet_lora_encoder_modules": ["conv_in"], "state_dict_unet": lora(unet)},
+               folder / "oscar.pkl")
     return folder, folder / "oscar.pkl"
 
 
+def hyper_encoders() -> dict:
+    """Under the release's names: conv for our Residual and ReLU; codebooks with a leading dimension of 1."""
+    weights = {}
+    for k, v in oscar.HyperEncoders(oscar.Stage1.paper(), 4).state_dict().items():
+        if k.endswith("gain"):  # ours
+            continue
+        code = k.endswith(("embed", "embed_avg", "cluster_size"))
+        key = k.replace("quantizer.", "quantizer._codebook.") if code else re.sub(
+            r"(conv_[ab]\.\d)\.0\.layers\.", r"\1.conv.", k)
+        weights[key] = fill_value(f"hyper_encoders.{key}", (1, *v.shape) if code else v.shape)
+        weights[f"{k.split('.')[0]}.quantizer._codebook.initted"] = torch.ones(1)
+    return weights
+
+
+def lora(unet) -> dict:
+    tensors = {}
+    for name, m in unet.named_modules():
+        if not isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) or "time_emb" in name:
+            continue
+        w, adapter = m.weight, "encoder"
+        if name.startswith(("up_blocks", "conv_out")):
+            adapter = "decoder"
+        elif name.startswith("mid_block"):
+            adapter = "others"
+        for k, shape in {"A": (16, *w.shape[1:]), "B": (w.shape[0], 16, *[1] * (w.dim() - 2))}.items():
+            key = f"{name}.lora_{k}.default_{adapter}.weight"
+            tensors[key] = 0.5 * fill_value(key, shape)
+    for k in ("weight", "bias"):
+        tensors[f"conv_in.base_layer.{k}"] = unet.state_dict()[f"conv_in.{k}"].clone()
+    return tensors
+
+
+def converted(pkl, base, out):
+    convert.main(["oscar", str(pkl), "--out", str(out), "--base", str(base)])
+    return out
+
+
 @pytest.mark.parametrize("prediction, prefix", [("epsilon", "eps"), ("v_prediction", "v")])
-def test_a_released_checkpoint_computes_what_the_release_computes(release, prediction, prefix):
-    G = oscar.load_official(release[1], str(release[0] / prediction))
+def test_a_released_checkpoint_computes_what_the_release_computes(release, tmp_path, prediction, prefix):
+    G = oscar.load(converted(release[1], release[0] / prediction, tmp_path / "run"))
+    assert G.true_norms and G.t == list(oscar.RELEASED_T)
     x = torch.from_numpy(EXPECTED["image_uint8"]).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.inference_mode():
         z_0 = G.sd.encode(x)
@@ -65,11 +91,12 @@ def test_a_released_checkpoint_computes_what_the_release_computes(release, predi
             z_hat = G.denoise(Q.decode(idx, rms), r)
             assert np.abs(z_hat.numpy() - EXPECTED[f"{prefix}_{r}_x0"]).max() < 1e-3, r
             if f"{prefix}_{r}_output" in EXPECTED:
-                assert np.abs(G.sd.decode(z_hat).clamp(-1, 1).numpy() - EXPECTED[f"{prefix}_{r}_output"]).max() < 1e-3
+                x_hat = G.sd.decode(z_hat).clamp(-1, 1).numpy()
+                assert np.abs(x_hat - EXPECTED[f"{prefix}_{r}_output"]).max() < 1e-3
 
 
 def test_files_of_a_released_model_carry_its_norms(release, tmp_path):
-    weights = ["--weights-official", str(release[1]), "--base", str(release[0] / "epsilon")]
+    weights = ["--weights", str(converted(release[1], release[0] / "epsilon", tmp_path / "run"))]
     Image.fromarray(EXPECTED["image_uint8"][0]).save(tmp_path / "a.png")
     oscar.main(["compress", str(tmp_path / "a.png"), str(tmp_path / "a.oscar"), "--bpp", "0.1250", *weights])
     assert len((tmp_path / "a.oscar").read_bytes()) <= 64 * 128 * 0.125 / 8 + 20
@@ -80,12 +107,16 @@ def test_files_of_a_released_model_carry_its_norms(release, tmp_path):
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda c: c["hyper_encoders"].update({"0.backbone.4.attn.in_proj_weight": torch.zeros(1)}), "first release"),
-    (lambda c: c.pop("embeddings"), "embeddings is missing"), (lambda c: c["hyper_encoders"].pop("3.proj.12.bias"), "3.proj.12.bias"),
-    (lambda c: c["state_dict_unet"].pop("conv_out.lora_A.default_decoder.weight"), "oscar.pkl")])
+    (lambda c: c["hyper_encoders"].update({"0.backbone.4.attn.in_proj_weight": torch.ones(1)}), "first rel"),
+    (lambda c: c.pop("embeddings"), "embeddings is missing"),
+    (lambda c: c.update(embeddings=3), "embeddings is missing"),
+    (lambda c: c.pop("state_dict_unet"), "state_dict_unet is missing"),
+    (lambda c: c["hyper_encoders"].pop("3.proj.12.bias"), "3.proj.12.bias"),
+    (lambda c: c["state_dict_unet"].pop("conv_out.lora_A.default_decoder.weight"), "oscar.pkl: .*conv_out")])
 def test_a_checkpoint_that_does_not_fit_is_refused(release, tmp_path, change, says):
     content = torch.load(release[1], weights_only=True)
     change(content)
     torch.save(content, tmp_path / "oscar.pkl")
     with pytest.raises(UserError, match=says):
-        oscar.load_official(tmp_path / "oscar.pkl", str(release[0] / "epsilon"))
+        converted(tmp_path / "oscar.pkl", release[0] / "epsilon", tmp_path / "run")
+    assert not (tmp_path / "run").exists()

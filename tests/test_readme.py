@@ -1,51 +1,101 @@
-"""The README says what is true of the code: its map's names exist, its commands parse."""
+"""README, data/README and result pages are true of the code: names, flags, links and pictures exist."""
 
 import importlib
+import pkgutil
 import re
 import runpy
 import sys
-from functools import reduce
 
 import pytest
 
-import codiff
-import moe_diffir
-import oscar
-import sodiff
 from common import ROOT
 
-TEXT = (ROOT / "README.md").read_text()
-MAP = re.findall(r"^\| [^|\n]+\| [^|\n]+\| [^|\n]+\| `([a-z_]+)\.([\w.]+)` \|$", TEXT, re.M)
+SCRIPTS = ("codiff", "oscar", "sodiff", "moe_diffir")
+COMMANDS = {script: ("train", "restore", "eval", "profile", "figures") for script in SCRIPTS}
+COMMANDS["oscar"] = ("train", "compress", "decompress", "eval", "profile", "figures")
+TOOLS = {"caption": [], "make_cir": [], "make_tiny_sd": [], "convert": ["codiff"]}  # words before --help
+PAGES = {path: path.read_text() for path in [ROOT / "README.md", ROOT / "data" / "README.md",
+                                             *sorted((ROOT / "data" / "results").glob("*.md"))]}
+README = PAGES[ROOT / "README.md"]
+ALL = "\n".join(PAGES.values())
+CODE = re.findall(r"^\|.*\| `((?:codiff|oscar|sodiff|moe_diffir|common|data)\.[\w.]+)` \|$", ALL, re.M)
+FLAG = re.compile(r"--[A-Za-z0-9][A-Za-z0-9-]*")
 
 
-def test_every_name_in_the_map_exists():
-    assert len(MAP) >= 10
-    for module, name in MAP:
-        assert reduce(getattr, name.split("."), importlib.import_module(module)), f"{module}.{name}"
+def help_of(main, words: list[str], capsys) -> set[str]:
+    """The flags that a command's --help lists."""
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    return set(FLAG.findall(capsys.readouterr().out))
 
 
-@pytest.mark.parametrize("script", ["codiff", "oscar", "sodiff", "moe_diffir"])
+def help_of_script(script: str, command: str, capsys) -> set[str]:
+    return help_of(importlib.import_module(script).main, [command], capsys)
+
+
+def help_of_tool(tool: str, capsys) -> set[str]:
+    return help_of(importlib.import_module(f"data.{tool}").main, TOOLS[tool], capsys)
+
+
+def test_every_name_in_the_maps_exists():
+    assert len(CODE) >= 70
+    for name in CODE:
+        assert pkgutil.resolve_name(name), name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_equation_tag_in_the_script_is_in_the_map(script):
     tags = set(re.findall(r"Eq\. (\d+)", (ROOT / f"{script}.py").read_text()))
-    rows = [line for line in TEXT.splitlines() if line.lower().startswith(f"| {script.replace('_', '-')} |")]
-    assert tags <= set(re.findall(r"Eq\. (\d+)", "\n".join(rows))), "an equation is missing from the map"
+    rows = re.findall(rf"^\| {script.replace('_', '-')} \|.*", README, re.M | re.I)
+    mapped = set(re.findall(r"Eq\. (\d+)", "\n".join(rows)))
+    assert tags and tags <= mapped, "an equation is missing from the map"
 
 
-@pytest.mark.parametrize("script, commands", [(codiff, "train restore eval profile figures"), (oscar, "train compress decompress eval profile figures"),
-                                              (sodiff, "train restore eval caption profile figures"),
-                                              (moe_diffir, "train restore eval bench profile figures")])
-def test_the_flags_it_names_exist(script, commands, capsys):
-    for command in commands.split():
-        with pytest.raises(SystemExit):
-            script.main([command, "--help"])
-        said = capsys.readouterr().out
-        lines = re.findall(rf"{script.__name__}\.py {command}([^\n`]*)", TEXT)
-        assert lines, command
-        for flag in {flag for line in lines for flag in re.findall(r"--[a-z0-9-]+", line.split("#")[0])}:
-            assert flag in said, f"{command} {flag}"
+@pytest.mark.parametrize("script, command", [(s, c) for s in SCRIPTS for c in COMMANDS[s]])
+def test_the_flags_of_a_command_exist(script, command, capsys):
+    lines = re.findall(rf"\b{script}\.py {command}\b([^\n`#]*)", ALL)
+    assert lines, "no page names this command"
+    assert set(FLAG.findall(" ".join(lines))) <= help_of_script(script, command, capsys)
 
 
-@pytest.mark.parametrize("script", ["codiff", "oscar", "sodiff", "moe_diffir"])
+@pytest.mark.parametrize("tool", TOOLS)
+def test_the_flags_of_a_tool_exist(tool, capsys):
+    lines = re.findall(rf"-m data\.{tool}\b([^\n`#]*)", ALL)
+    assert lines, "no page names this tool"
+    assert set(FLAG.findall(" ".join(lines))) <= help_of_tool(tool, capsys)
+
+
+def test_no_page_names_a_command_or_a_flag_that_there_is_not(capsys):
+    for script, command in re.findall(r"\b(codiff|oscar|sodiff|moe_diffir)\.py ([a-z]+)", ALL):
+        assert command in COMMANDS[script], f"{script}.py {command}"
+    for tool in re.findall(r"-m data\.([a-z_]+)", ALL):
+        assert tool in TOOLS
+    known = {"--help"}
+    for script in SCRIPTS:
+        known = known.union(*(help_of_script(script, command, capsys) for command in COMMANDS[script]))
+    known = known.union(*(help_of_tool(tool, capsys) for tool in TOOLS))
+    assert not set(FLAG.findall(ALL)) - known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_pictures_exist(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (page.parent / file).resolve() if file else page
+        assert path.exists(), target
+        headings = re.findall(r"^#+ (.+)$", path.read_text(), re.M) if anchor else []
+        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in anchors, target
+
+
+def test_every_picture_is_shown():
+    shown = set(re.findall(r"!\[[^]]*\]\((?:data/results/)?([^)\s]+)\)", ALL))
+    assert {path.name for path in (ROOT / "data" / "results").glob("*.png")} == shown
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_is_a_command(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "profile", "--size", "0"])
     with pytest.raises(SystemExit) as end:

@@ -1,0 +1,136 @@
+"""The authors' released checkpoints into a run's folder, once; then `--weights` takes it like any other.
+
+    python -m data.convert codiff cave.pth codiff.pkl --out runs/official      # their README links the files
+    python -m data.convert oscar oscar.pkl --out runs/official-oscar           # jinpeig/OSCAR on the hub
+    python codiff.py restore photo.jpg -o photo.png --weights runs/official
+
+Needs the base they were trained on, SD 2.1-base or SD 2.1. Nothing in a file is executed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import codiff
+import common
+import oscar
+from common import Stage, UserError, load_trained, note, save_tensors, trained, write_json
+
+
+def load_pickle(path: Path) -> dict:
+    """A torch checkpoint of tensors and plain containers; anything else is refused, not executed."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # torch raises many kinds for a damaged, foreign or unsafe file
+        why = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise UserError(f"{path}: not a checkpoint that loads safely ({why})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a checkpoint, but a {type(content).__name__}")
+    return content
+
+
+def tensors_of(release: dict, key: str, source: Path) -> dict[str, Tensor]:
+    """release[key], if that is a dictionary of tensors."""
+    if key not in release:
+        raise UserError(f"{source}: not the authors' checkpoint ({key} is missing)")
+    part = release[key]
+    if not isinstance(part, dict) or not all(isinstance(v, Tensor) for v in part.values()):
+        raise UserError(f"{source}: not the authors' checkpoint ({key} does not hold tensors by name)")
+    return part
+
+
+def lora_of(part: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """LoRA, and conv_in's own weights, which the releases train too, under the names they have here. LoRA's
+    scale is alpha / rank = 8 / 16 there (lora_alpha stayed at its default) and 1 here: B is halved."""
+    ours = {}
+    for key, v in part.items():
+        if ".lora_" in key or ".base_layer." in key:
+            name = prefix + re.sub(r"(lora_[AB])\.\w+\.", r"\1.default.", key)  # one adapter for their three
+            ours[name] = v.float() / 2 if ".lora_B." in key else v.float()
+    return ours
+
+
+def convert_codiff(cave_pth: Path, codiff_pkl: Path, base: str | None, out: Path) -> None:
+    """CaVE's decoder adds 1 in every block there, and only training needs it: it becomes zeros."""
+    base, cfg1, cfg2 = base or common.SD21_BASE, codiff.Stage1.paper(), codiff.Stage2.paper()
+    cave, release = codiff.CaVE(cfg1.widths, cfg1.blocks), load_pickle(codiff_pkl)
+    released_cave = tensors_of({"CaVE": load_pickle(cave_pth)}, "CaVE", cave_pth)
+    of_cave = {k: v for k, v in released_cave.items() if k in cave.state_dict()}
+    for k, v in cave.state_dict().items():
+        if k.startswith(("m_body_decoder", "m_up", "m_tail")):
+            of_cave[k] = torch.zeros_like(v)
+    keys = ("state_dict_unet", "state_dict_vae", "proj")
+    unet, vae, proj = (tensors_of(release, key, codiff_pkl) for key in keys)
+    G = codiff.CODiff(base, cfg2, load_trained(cave, of_cave, cave_pth)).add_lora(cfg2.rank)
+    tensors = {k: v for k, v in trained(G).items() if k.startswith("cave.")}  # BatchNorm's statistics
+    tensors |= lora_of(unet, "sd.unet.") | lora_of(vae, "sd.vae.")
+    tensors |= {f"proj.{k}": v.float() for k, v in proj.items()}
+    load_trained(G, tensors, codiff_pkl)
+    write_run(out, "codiff", base, [cfg1, cfg2], {1: of_cave, 2: tensors}, fingerprint=G.sd.fingerprint)
+    note("CaVE's decoder is left out (zeros): restoring needs none, and what it reconstructs means nothing")
+
+
+def convert_oscar(oscar_pkl: Path, base: str | None, out: Path) -> None:
+    """As released: hard-coded timesteps, true channel norms (which files then carry, quantised)."""
+    base, cfg1, cfg2 = base or oscar.SD21, oscar.Stage1.paper(), oscar.Stage2.paper()
+    release = load_pickle(oscar_pkl)
+    keys = ("hyper_encoders", "state_dict_unet")
+    hyper_encoders, unet = (tensors_of(release, key, oscar_pkl) for key in keys)
+    if not isinstance(release.get("embeddings"), Tensor):
+        raise UserError(f"{oscar_pkl}: not the authors' checkpoint (embeddings is missing)")
+    if any(k.endswith("backbone.4.attn.in_proj_weight") for k in hyper_encoders):
+        raise UserError(f"{oscar_pkl}: the authors' first release, whose encoders could not reach the two "
+                        "lowest bit-rates; take their current one")
+    G = oscar.OSCAR(base, cfg1).add_lora(cfg2.rank)
+    expected = trained(G)
+    tensors = {k: v for k, v in expected.items() if k.endswith(".gain")} | lora_of(unet, "sd.unet.")
+    tensors["prompt"] = release["embeddings"].float()
+    for k, v in hyper_encoders.items():
+        if "._codebook." in k:
+            k, v = k.replace("._codebook", ""), v.squeeze(0)  # one of one codebooks
+        k = "hyper_encoders." + re.sub(r"(conv_[ab]\.\d)\.conv\.", r"\1.0.layers.", k)
+        if k in expected:
+            tensors[k] = v.float()
+    load_trained(G, tensors, oscar_pkl)
+    write_run(out, "oscar", base, [cfg1, cfg2], {2: tensors}, t=oscar.RELEASED_T, true_norms=True,
+              fingerprint=G.sd.fingerprint)
+
+
+def write_run(out: Path, script: str, base, settings: list[Stage], results: dict[int, dict], **more) -> None:
+    """What a run leaves: config.json, and a file of tensors a stage, with the settings in its header."""
+    config = {"script": script, "base": str(base)}
+    for i, cfg in enumerate(settings, 1):
+        config |= {f"stage{i}.{k}": v for k, v in asdict(cfg).items()}
+    for i, tensors in results.items():
+        header = config | more | {"stage": f"stage{i}"}
+        save_tensors(out / "model" / f"stage{i}.safetensors", tensors, **header)
+    write_json(out / "config.json", config | {"data": [], "seed": 0})
+
+
+RELEASES = {"codiff": (convert_codiff, ["cave.pth", "codiff.pkl"]), "oscar": (convert_oscar, ["oscar.pkl"])}
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = common.CommandLine("convert.py", description="released checkpoints into a run's folder")
+    p.add_argument("script", choices=list(RELEASES))
+    p.add_argument("files", nargs="+", type=Path, metavar="FILE", help="cave.pth codiff.pkl, or oscar.pkl")
+    p.add_argument("--out", type=Path, required=True, help="the folder to write")
+    p.add_argument("--base", help="diffusers folder or hub id (default: the paper's)")
+    args = p.parse_args(argv)
+    convert, names = RELEASES[args.script]
+    if len(args.files) != len(names):
+        p.error(f"{args.script} takes {' and '.join(names)}")
+    if (args.out / "config.json").exists():
+        raise UserError(f"--out {args.out}: holds a run; name another folder")
+    convert(*args.files, args.base, args.out)
+    print(f"{args.out}: {args.script}'s released model; {args.script}.py takes it by --weights {args.out}")
+
+
+if __name__ == "__main__":
+    common.run_cli(main)
