@@ -48,8 +48,8 @@ class Stage1(Stage):
     gain: float          = both(1.0,                 0.2,                 "released code: orthogonal start")
     highpass: float      = both(8.0,                 0.0,                 "ours: gain of first filters")
     crop: int            = both(64,                  256,                 "Sec. 4.1")
-    qf_min: int          = both(8,                   8,                   "Sec. 4.1")
-    qf_max: int          = both(95,                  95,                  "Sec. 4.1")
+    qf_min: int          = both(8,                   8,                   "Sec. 4.1", most=100)
+    qf_max: int          = both(95,                  95,                  "Sec. 4.1", most=100)
     learning: str        = both("dual",              "dual",              "Table 4", "learning", LEARNING)
     lambda_rec: float    = both(3.0,                 1000.0,              "Sec. 4.1, Eq. 6's lambda")
     lr: float            = both(1e-3,                2e-5,                "Sec. 4.1")
@@ -61,17 +61,17 @@ class Stage1(Stage):
 class Stage2(Stage):
     """The one-step generator and its discriminator, Secs. 3.1 and 3.3."""
     #                           tiny run     paper run
-    T_L: int             = both(49,          499,       "released code")
+    T_L: int             = both(49,          499,       "released code", most=999)
     rank: int            = both(16,          16,        "Sec. 4.1")
     crop: int            = both(128,         256,       "Sec. 4.1")
-    qf_min: int          = both(5,           8,         "Sec. 4.1")
-    qf_max: int          = both(30,          95,        "Sec. 4.1")
+    qf_min: int          = both(5,           8,         "Sec. 4.1", most=100)
+    qf_max: int          = both(30,          95,        "Sec. 4.1", most=100)
     prompt: str          = both("cave",      "cave",    "Table 3", "prompt", PROMPTS)
     losses: tuple        = both(LOSSES,      LOSSES,    "Table 5: the terms that count", "losses", LOSSES)
     dists: str           = both("small",     "vgg16",   "Eq. 7; 'small' needs no download", None, DISTS)
     lambda_P: float      = both(0.02,        1.0,       "Sec. 4.1, Eq. 7")
     lambda_G: float      = both(5e-3,        5e-3,      "Sec. 4.1, Eq. 10")
-    T_D: int             = both(199,         199,       "released code: the discriminator's timestep")
+    T_D: int             = both(199,         199,       "released code: D's timestep", most=999)
     lr: float            = both(2e-3,        5e-5,      "Sec. 4.1")
     weight_decay: float  = both(1e-5,        1e-5,      "Sec. 4.1")
     clip: float          = both(1.0,         1.0,       "released code: gradient norm")
@@ -85,7 +85,7 @@ class Stage2(Stage):
 
 class JPEGPairs(Crops):
     """Sample n -> (n, x_lq, x_hq, q): a crop and its JPEG, QF uniform in qf_min..qf_max (Sec. 4.1).
-    DIFFERS: the release draws three in four from {10, 20, ..., 60}.
+    DIFFERS: the release draws three in four from {10, 20, ..., 60}. Crops are flipped and rotated too (ours).
 
     Half of the crops are cut off the JPEG's 8x8 grid, at an offset of 0..8 pixels an axis, as in the
     released code: photographs from the web have often been cropped after compression."""
@@ -239,7 +239,7 @@ class CODiff(nn.Module):
         """x_lq (B, 3, H, W) in [-1, 1], sides multiples of `multiple` -> (x_hat, z_hat)."""
         z_L = self.sd.encode(x_lq, noise)
         z_hat = self.denoise(x_lq, z_L)
-        # Eq. 2
+        # Eq. 2; clamped before the losses (ours)
         return self.sd.decode(z_hat).clamp(-1, 1), z_hat
 
 
@@ -252,7 +252,7 @@ def loss_qf(q_hat: Tensor, q: Tensor) -> Tensor:
 
 
 def loss_rec(x_hat: Tensor, x_hq: Tensor) -> Tensor:
-    # Eq. 5
+    # Eq. 5.  DIFFERS: printed as a norm; the mean, as in the release, is what lambda = 1000 weighs
     return F.l1_loss(x_hat, x_hq)
 
 
@@ -279,7 +279,8 @@ def stage1(run: Run, cfg: Stage1) -> None:
     torch.manual_seed(run.seed)
     cave = CaVE(cfg.widths, cfg.blocks).initialise(cfg.gain, cfg.highpass)
     w_qf, w_rec = float(cfg.learning != "implicit"), cfg.lambda_rec * (cfg.learning != "explicit")  # Table 4
-    acc = run.start(1, cfg, CaVE=cave)
+    # Of several processes each BatchNorm sees its own share. bf16 would lose what these L1 losses measure.
+    acc = run.start(1, cfg, float32=True, CaVE=cave)
     pairs = JPEGPairs(run.data, cfg, CaVE.stride, run.seed)
     cave, optimizer = acc.prepare(cave, torch.optim.Adam(cave.parameters(), cfg.lr))
     cave.train()
@@ -335,6 +336,8 @@ def stage2(run: Run, cfg: Stage2) -> None:
             l_per = w["l2"] * l_2 + w["dists"] * cfg.lambda_P * l_dists
             # DIFFERS: in the release the critic's UNet runs under no_grad, which makes Eq. 8 a constant for
             # the generator and leaves Eq. 9 to the head; here its parameters are frozen, not its graph.
+            # Eqs. 8 and 9 are expectations over t; T_D is one, as released. The head, "a lightweight MLP" in
+            # the paper, is two 4x4 convolutions as released, with 52.5 M parameters at SD 2.1's size.
             with frozen(critic):  # until after backward: checkpointing runs the critic's forward again there
                 l_G = loss_G(critic(z_hat, cfg.T_D))
                 # Eq. 10
@@ -368,8 +371,9 @@ def load(weights: Path, base: str | None = None) -> CODiff:
 
 @torch.inference_mode()
 def restore(model: CODiff, image: Image.Image, color_fix="adain", tile: int | None = None) -> Image.Image:
-    """One JPEG-compressed image, any size, to its restored self: one UNet call, no noise drawn.
-    DIFFERS: the release resizes to multiples of 8 and samples the latent; here pad, crop, and the mean."""
+    """One JPEG-compressed image, any size, to its restored self: one UNet call, no noise drawn. AdaIN to the
+    input's colours is the release's. DIFFERS: it resizes to multiples of 8 and samples the latent; here pad,
+    crop, and the mean."""
     x_lq = to_tensor(image)[None]
     x = pad_to(x_lq, model.multiple)
     tiles = Tiles(model.sd, x, model.multiple, tile)  # without `tile`, tiles(f, x) is f(x)

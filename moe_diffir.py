@@ -68,7 +68,7 @@ class Stage1(Stage):
     enhancer: int        = both(1,        4,         "ours: transformer blocks of the quality enhancer")
     lambda_dp: float     = both(0.1,      0.0,       "ours: small prior tells tasks apart, as DA-CLIP's")
     crop: int            = both(128,      256,       "Sec. 4.1")
-    t_max: int           = both(499,      999,       "Eq. 2: t is uniform in 0..t_max")
+    t_max: int           = both(499,      999,       "Eq. 2: t is uniform in 0..t_max", most=999)
     lr: float            = both(1e-3,     5e-5,      "Sec. 4.1")
     clip: float          = both(1.0,      1.0,       "ours: gradient norm; 0 clips nothing")
     batch: int           = both(8,        32,        "Sec. 4.1")
@@ -86,7 +86,7 @@ class Stage1(Stage):
 class Stage2(Stage):
     """Decoder compensator, Sec. 3.4."""
     #                           tiny run  paper run
-    start_t: int         = both(1,        999,       "ours: where sampling starts, z_lq noised to it")
+    start_t: int         = both(1,        999,       "ours: sampling starts at it, noised to it", most=999)
     sampling: tuple      = both((1, 2),   (1, 50),   "ours: numbers of steps, in turn; all are evaluated")
     levels: int          = both(1,        4,         "ours: decoder levels compensated, from full size down")
     blocks: int          = both(0,        2,         "ours: residual blocks at each of them")

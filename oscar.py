@@ -97,7 +97,7 @@ class Stage2(Stage):
     crop: int            = both(128,          256,       "ours: the paper does not say")
     zoom: int            = both(2,            1,         "ours: some crops are larger by this, then reduced")
     jitter: float        = both(0.2,          0.0,       "ours: of contrast, brightness; nine photos are few")
-    T_D: int             = both(0,            0,         "ours: the discriminator's timestep; clean latents")
+    T_D: int             = both(0,            0,         "ours: D's timestep, for clean latents", most=999)
     lr: float            = both(5e-4,         5e-5,      "Sec. 4.1")
     weight_decay: float  = both(1e-5,         1e-5,      "Sec. 4.1")
     clip: float          = both(1.0,          1.0,       "ours: gradient norm")
@@ -665,7 +665,7 @@ def compress_files(args) -> None:
     tile = common.check_tile(args.tile, model.multiple)
 
     def work(file: Path, target: Path) -> str:
-        image, alpha = common.read_image(file)
+        image, alpha = common.read_image(file, on_white=True)
         try:
             data = compress(model, image, args.bpp, tile)
         except UserError as error:

@@ -56,8 +56,8 @@ class Stage1(Stage):
     features: int        = both(64,         256,      "ours: FAVOR+'s random features")
     pool_heads: int      = both(6,          16,       "ours: heads of the attention pooling")
     crop: int            = both(128,        512,      "Sec. 4.1")
-    qf_min: int          = both(5,          5,        "Sec. 4.1")
-    qf_max: int          = both(95,         95,       "Sec. 4.1")
+    qf_min: int          = both(5,          5,        "Sec. 4.1", most=100)
+    qf_max: int          = both(95,         95,       "Sec. 4.1", most=100)
     lambda_align: float  = both(0.5,        0.5,      "Eq. 5; 0: Table 2's No Align", "lambda_align")
     lr: float            = both(1e-3,       2e-4,     "Sec. 4.1")
     batch: int           = both(4,          16,       "Sec. 4.1")
@@ -69,15 +69,15 @@ class Stage2(Stage):
     """The one-step generator, its time predictor and its discriminator, Secs. 3.2 and 3.3."""
     #                           tiny run     paper run
     timestep: str        = both("predicted", "predicted", "Table 3; fixed: tau_0", "timestep", TIMESTEPS)
-    tau_0: int           = both(49,          499,         "ours: where tau starts, or stays if fixed")
+    tau_0: int           = both(49,          499,         "ours: bell's centre, or fixed tau", most=999)
     spread: float        = both(5.0,         0.0,         "ours: of the bell that logits start as; 0: flat")
     widths: tuple        = both((32, 64, 128, 256), (64, 128, 256, 512), "ours: the predictor's blocks")
     highpass: float      = both(8.0,         0.0,         "ours: gain of the filters that it starts with")
     rank: int            = both(16,          16,          "Sec. 4.1")
     disc_base: str       = both("",          SDXL,        "Sec. 4.1: of D; '': the base's own", "disc_base")
     crop: int            = both(128,         512,         "Sec. 4.1")
-    qf_min: int          = both(5,           5,           "Sec. 4.1")
-    qf_max: int          = both(95,          95,          "Sec. 4.1")
+    qf_min: int          = both(5,           5,           "Sec. 4.1", most=100)
+    qf_max: int          = both(95,          95,          "Sec. 4.1", most=100)
     qf_power: float      = both(5.0,         1.0,         "ours: QF = min + (max - min) u^power; 1: Sec. 4.1")
     qf_crops: int        = both(3,           0,           "ours: further crops a sample, for L_qf alone")
     losses: tuple        = both(LOSSES,      LOSSES,      "Table 4: the terms that count", "losses", LOSSES)
@@ -130,7 +130,8 @@ def read_captions(folders: list[Path]) -> dict[Path, dict]:
     """{image: {"caption": ..., "qf": ... or absent}} of every captions.jsonl in the folders."""
     rows = {}
     for path in (p for folder in folders for p in sorted(Path(folder).rglob("captions.jsonl"))):
-        for i, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        lines = path.read_text("utf-8-sig", errors="replace").split("\n")
+        for i, line in ((i, line) for i, line in enumerate(lines, 1) if line.strip()):
             try:
                 row = json.loads(line)
                 rows[path.parent / row["file"]] = row
@@ -356,13 +357,11 @@ class SODiff(nn.Module):
         self.E_down, self.T_align = E_down.requires_grad_(False), T_align.requires_grad_(False)
         self.multiple, self.predictor = self.sd.multiple, None
         T_max = len(self.sd.alpha_bar)
-        if not 0 <= cfg.tau_0 < T_max:
-            raise UserError(f"{cfg.flag('tau_0')} {cfg.tau_0}: the base's timesteps are 0 to {T_max - 1}")
         if cfg.timestep == "predicted":
             self.predictor = TimePredictor(cfg.widths, T_max, cfg.tau_0, cfg.spread, cfg.highpass)
 
     def add_lora(self, rank: int) -> SODiff:
-        """LoRA on the UNet's attention, feed-forward and convolution layers, Sec. 4.1; the VAE stays."""
+        """LoRA (rank: Sec. 4.1) on the UNet's attention, feed-forward and convolution layers (ours)."""
         common.add_lora(self.sd.unet, rank)
         return self
 
@@ -431,7 +430,7 @@ class NoisedDiscriminator(Discriminator):
 
 
 def loss_rec(x_rec: Tensor, x_hq: Tensor) -> Tensor:
-    # Eq. 3, on [0, 1]
+    # Eq. 3, on [0, 1] (ours; L_MSE alike)
     return F.l1_loss((x_rec + 1) / 2, (x_hq + 1) / 2)
 
 

@@ -1,18 +1,24 @@
-"""Files, written whole or not at all, and what is told of those that cannot be read or written."""
+"""Files: found, named, written whole or not at all, and what is told of those that are bad."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import threading
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]  # of the repo
+IMAGE_SUFFIXES = set(Image.registered_extensions()) - {".pdf", ".mpg", ".mpeg", ".h5", ".hdf"}
 
 
 class UserError(Exception):
@@ -23,9 +29,18 @@ def note(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def in_repo(path: str | Path) -> str:
+    """As it is recorded: relative to the repo, so that a checkout may move; else absolute, or a hub id."""
+    folder = Path(path).resolve()
+    if not folder.is_dir():
+        return str(path)
+    return str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
+
+
 def atomic(path: Path, write) -> None:
     """Calls `write(tmp)` and renames tmp to `path`: a reader sees the old file or the new, never half."""
-    tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    # (a short name: that of `path` may be as long as a name can be)
+    tmp = path.with_name(f".{os.getpid()}.{threading.get_native_id()}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(tmp)
@@ -35,6 +50,32 @@ def atomic(path: Path, write) -> None:
     finally:
         with suppress(OSError):  # the folder may be a file
             tmp.unlink(missing_ok=True)
+
+
+def append(path: Path, text: str) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); mend that, then go on") from None
+
+
+LOCKS: dict[Path, int] = {}
+
+
+def lock(folder: Path) -> None:
+    """Keeps other processes from writing into the folder until this one ends, however it ends."""
+    if os.name != "posix" or folder.resolve() in LOCKS:
+        return
+    import fcntl
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{folder}: another training writes into it; wait for it, or name another") from None
+    LOCKS[folder.resolve()] = descriptor
 
 
 def write_json(path: Path, value) -> None:
@@ -77,16 +118,82 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, header
 
 
+def trained(module: nn.Module) -> dict[str, Tensor]:
+    """All that training changes: parameters that take a gradient, persistent buffers."""
+    still = {k for k, p in module.named_parameters() if not p.requires_grad}
+    return {k: v for k, v in module.state_dict().items() if k not in still}
+
+
+def load_trained(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> nn.Module:
+    """Puts `trained`'s tensors back; each must find its place, and each place its tensor."""
+    state = module.state_dict()
+    for k in sorted(trained(module).keys() | tensors.keys()):
+        if k not in state or k not in tensors or tensors[k].shape != state[k].shape:
+            raise UserError(f"{source}: does not fit: {k} is missing, unknown or of another size")
+    module.load_state_dict(tensors, strict=False)
+    return module
+
+
+def list_images(paths: list[str | Path]) -> list[Path]:
+    """The images at `paths`: files, or folders (searched recursively, sorted, nothing hidden)."""
+    out = []
+    for p in map(Path, paths):
+        found = sorted(images_in(p, set())) if p.is_dir() else [p] if p.exists() else []
+        if not found:
+            raise UserError(f"{p}: no {'images in this folder' if p.exists() else 'such file or folder'}")
+        out += found
+    return out
+
+
+def images_in(folder: Path, seen: set[Path]):
+    """Folders may be symbolic links, even to where the search has been."""
+    seen.add(folder.resolve())
+    for p in folder.iterdir():
+        if p.is_dir() and not p.name.startswith(".") and p.resolve() not in seen:
+            yield from images_in(p, seen)
+        elif p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") and p.is_file():
+            yield p
+
+
+def outputs(inputs: list[str], out: Path, suffix: str = ".png", find=list_images) -> list[tuple[Path, Path]]:
+    """(input, output) for every file: one file to a file of that name, all else into the folder `out`, whose
+    earlier results are no inputs."""
+    if len(inputs) == 1 and not Path(inputs[0]).is_dir() and out.suffix and not out.is_dir():
+        if out.suffix.lower() != suffix:
+            raise UserError(f"{out}: results are {suffix[1:].upper()}; give a name that ends in {suffix}")
+        pairs = [(f, out) for f in find([Path(inputs[0])])]
+    else:
+        pairs = [(f, out / (f.relative_to(root) if root.is_dir() else Path(f.name)).with_suffix(suffix))
+                 for root in map(Path, inputs) for f in find([root])
+                 if out.resolve() not in f.resolve().parents or out.resolve() == root.resolve()]
+    times = Counter(target for _, target in pairs)  # a.jpg and a.png in one folder: a.jpg.png and a.png.png
+    pairs = [(f, target.with_name(f.name + suffix) if times[target] > 1 else target) for f, target in pairs]
+    taken = {f.resolve() for f, _ in pairs}
+    for file, target in pairs:
+        if target.resolve() in taken:
+            raise UserError(f"{file}: {target} would overwrite an input or another result; name another")
+        taken.add(target.resolve())
+    return pairs
+
+
+def why(error: Exception, file: Path) -> str:
+    """One line on a failure of whatever kind, which names the file."""
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    if isinstance(error, MemoryError) or "memory" in text or "allocate" in text:  # torch has kinds of its own
+        return f"{file}: not enough memory; --tile 512 takes a part of the picture at a time"
+    return text if isinstance(error, UserError) else f"{file}: failed ({type(error).__name__}: {text})"
+
+
 def each_file(pairs: list[tuple[Path, Path]], what: str, work) -> None:
     """work(input, output) -> remark for each pair. A bad file is named, the rest goes on, then it fails."""
     bad = 0
     for file, target in tqdm(pairs, what, disable=None if len(pairs) > 1 else True):
         try:
             tqdm.write(f"{target}  ({work(file, target)})")
-        except UserError as error:
+        except Exception as error:  # whatever it is, it ends this file alone
             if len(pairs) == 1:
-                raise
+                raise UserError(why(error, file)) from None
             bad += 1
-            note(f"skipped: {error}")
+            note(f"skipped: {why(error, file)}")
     if bad:
         raise UserError(f"{what}: {bad} of {len(pairs)} files could not be done; the others are")

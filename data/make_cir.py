@@ -24,8 +24,8 @@ from PIL import Image, PngImagePlugin, features
 from tqdm import tqdm
 
 import common
-from data.files import UserError, atomic, note, read_json, write_json
-from data.pictures import list_images, outputs, read_image
+from data.files import UserError, atomic, list_images, note, outputs, read_json, write_json
+from data.pictures import read_image
 from data.results.evaluate import mean, save_png, text_table
 
 # Lowest level first. The seven codecs of the paper's 21 tasks, and AVC, which it keeps unseen in training (as
@@ -36,6 +36,7 @@ LEVELS = {"jpeg": ("5", "10", "15"), "webp": ("5", "10", "15"),
           "avc": ("47", "42", "37")}
 TRAINED = ["jpeg", "webp", "hevc", "vvc"]  # of the seven, those that we can encode
 RANGE = {"jpeg": (1, 100), "webp": (0, 100), "hevc": (0, 51), "vvc": (0, 63), "avc": (0, 51)}
+# DIFFERS, probably: the paper names no encoder for VVC; here it is libvvenc, not the reference software VTM.
 # Stream format, pixel format, options at QP q. x265 and libvvenc would code an I frame at q - 3; x265 and
 # x264 add a message with their settings, larger than small pictures.
 FFMPEG = {

@@ -34,8 +34,8 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from common import ROOT, load_part, load_trained, run_cli, trained
-from data.files import UserError, atomic, load_tensors, note, save_tensors
-from data.pictures import list_images, read_image, rng, to_tensor, torch_rng
+from data.files import UserError, atomic, list_images, load_tensors, note, save_tensors
+from data.pictures import read_image, rng, to_tensor, torch_rng
 
 LATENTS, WIDTHS, TEXT = 16, (16, 32, 64, 128), 96
 
@@ -353,7 +353,7 @@ def read_data(args) -> tuple[list[np.ndarray], list[str]]:
     known = {}
     for folder in map(Path, args.data):
         if (folder / "captions.jsonl").exists():
-            rows = map(json.loads, (folder / "captions.jsonl").read_text().splitlines())
+            rows = map(json.loads, open(folder / "captions.jsonl", encoding="utf-8-sig"))
             known |= {folder / row["file"]: row["caption"] for row in rows}
     captions = [known.get(f, "") for f in files]
     photos = [np.asarray(read_image(f)[0]) for f in tqdm(files, "photographs", mininterval=10)]

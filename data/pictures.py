@@ -7,20 +7,20 @@ from __future__ import annotations
 import functools
 import io
 import math
-from collections import Counter
+import signal
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor, nn
 
-from data.files import UserError, atomic, each_file, note
+from data.files import UserError, atomic, each_file, list_images, note
 
 PHOTOS = Path(__file__).resolve().parent / "photos"
-IMAGE_SUFFIXES = set(Image.registered_extensions()) - {".pdf", ".mpg", ".mpeg", ".h5", ".hdf"}
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # a long comment is no damage
 
 
 def rng(*key: int) -> np.random.Generator:
@@ -39,35 +39,45 @@ def noise_for(samples: Tensor, shape: tuple[int, ...], *key: int) -> Tensor:
     return torch.stack(rows).to(samples.device)
 
 
-def list_images(paths: list[str | Path]) -> list[Path]:
-    """The images at `paths`: files, or folders (searched recursively, sorted, nothing hidden)."""
-    out = []
-    for p in map(Path, paths):
-        found = [p] if p.is_file() else sorted(
-            q for q in p.rglob("*") if q.suffix.lower() in IMAGE_SUFFIXES
-            and not any(part.startswith(".") for part in q.relative_to(p).parts))
-        if not found:
-            raise UserError(f"{p}: no {'images in this folder' if p.exists() else 'such file or folder'}")
-        out += found
-    return out
-
-
-def read_image(path: str | Path) -> tuple[Image.Image, Image.Image | None]:
-    """(8-bit RGB, upright and composited on white, the alpha channel or None)."""
+def read_image(path: str | Path, on_white: bool = False) -> tuple[Image.Image, Image.Image | None]:
+    """(8-bit sRGB, upright, the alpha channel or None). Whatever goes wrong, the error names the file."""
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(Path(path).read_bytes())) as image:
+            profile = image.info.get("icc_profile")
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":  # 16-bit, float: Pillow would clip, not scale
-                a = np.asarray(image, dtype=np.float64)
-                top = 65535 if a.max() > 255 else 255 if a.max() > 1 else 1
-                image = Image.fromarray((a.clip(0, top) * (255 / top) + 0.5).astype(np.uint8))
-            if not image.has_transparency_data:
-                return image.convert("RGB"), None
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image).convert("RGB"), image.getchannel("A")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not an image that can be read ({error})") from None
+            if image.mode.startswith("I") or image.mode == "F":
+                image = eight_bit(image)
+            alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+            if alpha:
+                image = image.convert("RGBA").convert("RGB")  # the colours themselves, not on any ground
+            image = to_srgb(image, profile)
+            if alpha and on_white:
+                image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+            return image, alpha
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise UserError(f"{path}: not an image that can be read ({type(error).__name__}: {error})") from None
+
+
+def eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit and float greys, which Pillow would clip. Integers reach to 65535; floats to 1, or if more than
+    a hundredth of the pixels is above that, to 255 or 65535."""
+    a, top = np.nan_to_num(np.asarray(image, np.float64), posinf=np.inf), 65535
+    if image.mode == "F":
+        usual = np.quantile(a, 0.99)
+        top = 1 if usual <= 1 else 255 if usual <= 255 else 65535
+    return Image.fromarray((a.clip(0, top) * (255 / top) + 0.5).astype(np.uint8))
+
+
+def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """RGB, its numbers meant as sRGB; a profile that cannot be read, or of other channels, is passed over."""
+    if profile and image.mode in ("RGB", "L", "CMYK"):
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError):
+            pass
+    return image.convert("RGB")
+
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -96,30 +106,14 @@ def pad_to(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, 0, 0, down), "reflect" if down < x.shape[2] else "replicate") if down else x
 
 
-def outputs(inputs: list[str], out: Path, suffix: str = ".png", find=list_images) -> list[tuple[Path, Path]]:
-    """(input, output) for every file: one file to a file of that name, all else into the folder `out`."""
-    if len(inputs) == 1 and Path(inputs[0]).is_file() and out.suffix.lower() in IMAGE_SUFFIXES | {suffix}:
-        if out.suffix.lower() != suffix:
-            raise UserError(f"{out}: results are {suffix[1:].upper()}; give a name that ends in {suffix}")
-        pairs = [(Path(inputs[0]), out)]
-    else:
-        pairs = [(f, out / (f.relative_to(root) if root.is_dir() else Path(f.name)).with_suffix(suffix))
-                 for root in map(Path, inputs) for f in find([root])]
-    times = Counter(target for _, target in pairs)  # a.jpg and a.png in one folder: a.jpg.png and a.png.png
-    pairs = [(f, target.with_name(f.name + suffix) if times[target] > 1 else target) for f, target in pairs]
-    taken = {f.resolve() for f, _ in pairs}
-    for file, target in pairs:
-        if target.resolve() in taken:
-            raise UserError(f"{file}: {target} would overwrite an input or another result; name another")
-        taken.add(target.resolve())
-    return pairs
-
-
 def restore_files(pairs: list[tuple[Path, Path]], restore) -> None:
-    """Every input image to its output, restore(image) -> (image, remark); an alpha channel is put back."""
+    """Every input to its output, restore(image) -> (image, remark); grey stays grey, alpha is put back."""
     def work(file, target):
         image, alpha = read_image(file)
         result, remark = restore(image)
+        red, green, blue = (channel.tobytes() for channel in image.split())
+        if red == green == blue:
+            result = result.convert("L")
         if alpha is not None:
             result.putalpha(alpha)
         atomic(target, lambda tmp: result.save(tmp, "PNG"))
@@ -141,7 +135,7 @@ class Crops(torch.utils.data.Dataset):
     @functools.lru_cache(maxsize=16)
     def read(self, file: Path) -> np.ndarray | None:
         try:
-            a = np.asarray(read_image(file)[0])
+            a = np.asarray(read_image(file, on_white=True)[0])
         except UserError as error:
             if file not in self.unreadable:
                 self.unreadable.add(file)
@@ -168,6 +162,11 @@ class Crops(torch.utils.data.Dataset):
 
     def crop(self, n: int) -> np.ndarray:
         return self.view(self.read(self.file(n)), n)
+
+
+def leave_ctrl_c_to_the_parent(worker: int) -> None:
+    """For a loader's processes, whose death by Ctrl-C would come first, with a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------- tiles

@@ -181,7 +181,8 @@ def test_read_image_covers_modes_alpha_and_orientation(tmp_path):
     assert roundtrip(Image.new("CMYK", (4, 3), (255, 0, 0, 0)), "c.tif")[0].getpixel((0, 0))[0] < 60
     assert roundtrip(Image.new("RGB", (4, 3), "red").convert("P"), "p.png")[0].getpixel((0, 0)) == (255, 0, 0)
     rgb, alpha = roundtrip(Image.new("RGBA", (4, 3), (0, 0, 0, 51)), "a.png")
-    assert rgb.getpixel((0, 0)) == (204, 204, 204) and alpha.getpixel((0, 0)) == 51
+    assert rgb.getpixel((0, 0)) == (0, 0, 0) and alpha.getpixel((0, 0)) == 51
+    assert read_image(tmp_path / "a.png", on_white=True)[0].getpixel((0, 0)) == (204, 204, 204)
     exif = Image.Exif()
     exif[0x0112] = 6
     assert roundtrip(Image.new("RGB", (4, 3)), "e.jpg", exif=exif)[0].size == (3, 4)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import math
 import sys
 import tempfile
 import warnings
@@ -104,7 +105,22 @@ def psnr_b(x: Tensor, y: Tensor) -> Tensor:
 
 
 def mean(values: list[float | None]) -> float | None:
-    return None if any(v is None for v in values) else sum(values) / len(values)
+    """Of what could be measured: a blank page has no PSNR once it is restored exactly, a tiny one no SSIM."""
+    values = [v for v in values if v is not None and math.isfinite(v)]
+    return sum(values) / len(values) if values else None
+
+
+def read_all(files: list[Path]) -> list[Image.Image]:
+    """The pictures among them that can be read; the others are named."""
+    images = []
+    for file in files:
+        try:
+            images.append(read_image(file)[0])
+        except UserError as error:
+            note(f"skipped: {error}")
+    if not images:
+        raise UserError(f"{files[0]}: none of {len(files)} images can be read")
+    return images
 
 
 def text_table(header: list[str], rows: list[list]) -> str:
@@ -172,8 +188,8 @@ def compare(files: list[Path], conditions: dict, restore: dict, base, metrics: M
         for name, degrade in conditions.items():
             try:
                 images = rows_of(degrade(target, file), restore, sd)
-            except UserError as error:
-                note(f"skipped: {error}")
+            except Exception as error:  # whatever it is, it ends this picture alone
+                note(f"skipped: {common.why(error, file)}")
                 continue
             for row, image in images.items():
                 sums[name].setdefault(row, []).append(metrics(image, target))
@@ -271,7 +287,7 @@ def report_alignment(model, captions: dict[Path, dict]) -> dict:
 @torch.inference_mode()
 def predictions(model, files: list[Path], qfs: list[int]) -> tuple[Tensor, Tensor]:
     """SODiff's predicted QF and timestep (len(qfs), len(files)) of every file's JPEGs."""
-    out, photos = [], [read_image(f)[0] for f in files]
+    out, photos = [], read_all(files)
     for qf in tqdm(qfs, "predicted QF", leave=False, disable=None):
         x = (pad_to(to_tensor(jpeg(photo, qf))[None], 32) for photo in photos)
         seen = (model.condition(x_lq.to(device()))[1:] for x_lq in x)
@@ -331,17 +347,22 @@ def evaluate_codec(script, args) -> None:
             continue
         pictures = [image]
         for name, (encode, decode) in codecs.items():
-            data = encode(image)
-            pictures.append(decode(data))
+            try:
+                data = encode(image)
+                pictures.append(decode(data))
+            except Exception as error:  # WebP ends at 16,383 pixels a side
+                note(f"skipped: {name} of {common.why(error, file)}")
+                continue
             bpp = 8 * len(data) / (image.width * image.height)
             sums[name].append({"bpp": bpp, **metrics(pictures[-1], image)})
         pictures.append(through_vae(model.sd, image))
         sums["VAE alone"].append({"bpp": None, **metrics(pictures[-1], image)})
-        if len(strips) < 4:
+        if len(strips) < 4 and len(pictures) == len(codecs) + 2:
             strips.append([p.crop(centre(image.size, 256)) for p in pictures])
-    if not strips:
+    if not sums["VAE alone"]:
         raise UserError(f"eval: none of the {len(files)} images can be read")
-    results = {name: {k: mean([row[k] for row in rows]) for k in rows[0]} for name, rows in sums.items()}
+    results = {name: {k: mean([row[k] for row in rows]) for k in rows[0]}
+               for name, rows in sums.items() if rows}
     for r in rates:
         results[f"OSCAR {script.NAMES[r]}"]["nominal bpp"] = script.BPP[r]
     names = [n for n in metrics.names if n != "PSNR-B"]  # blocks of 8x8 are JPEG's
@@ -420,12 +441,14 @@ def codec_means(results: dict, rows: list[str], fid: dict) -> tuple[dict, dict]:
               for codec, of in levels.items()}
 
     def closed(v, row):
-        low, high = v["VAE(compressed)"]["PSNR"], v["VAE(original)"]["PSNR"]
-        return (v[row]["PSNR"] - low) / (high - low)
+        low, here, high = (v[k]["PSNR"] for k in ("VAE(compressed)", row, "VAE(original)"))
+        return None if None in (low, here, high) or low == high else (here - low) / (high - low)
     gap = {codec: {row: closed(v, row) for row in rows} for codec, v in codecs.items()}
     header = ["", *next(iter(codecs.values())), *(row.replace("restored", "gap") for row in rows)]
-    table = [[codec, *(r["PSNR"] for r in v.values()), *(f"{100 * g:.1f} %" for g in gap[codec].values())]
-             for codec, v in codecs.items()]
+    def percent(share):
+        return "-" if share is None else f"{100 * share:.1f} %"
+    shares = {codec: [*map(percent, v.values())] for codec, v in gap.items()}
+    table = [[codec, *(r["PSNR"] for r in v.values()), *shares[codec]] for codec, v in codecs.items()]
     print("\nPSNR of each codec (mean over its levels above), and the share of the gap from VAE(compressed) "
           "to VAE(original) that is closed\n" + text_table(header, table))
     if fid:

@@ -18,7 +18,7 @@ import common
 from common import (PHOTOS, ROOT, UserError, atomic, device, jpeg, list_images, note, pad_to, read_image,
                     read_json, to_tensor, write_json)
 from data.results.evaluate import (CLASSICAL, alignment, captioned, predictions, print_routing, prompts,
-                                   text_table)
+                                   read_all, text_table)
 
 
 def pyplot():
@@ -60,7 +60,7 @@ def smoothed(values: list[float], keep: float = 0.9) -> list[float]:
 def read_cave(cave, files: list[Path], qfs: list[int], what: str) -> tuple[Tensor, Tensor]:
     """Mean token (len(qfs), len(files), C) and predicted QF (len(qfs), len(files)) of every file's JPEGs."""
     c, qf_hat = [], []
-    photos = [read_image(f)[0] for f in files]
+    photos = read_all(files)
     for qf in tqdm(qfs, what, leave=False, disable=None):
         x = (pad_to(to_tensor(jpeg(photo, qf))[None], cave.stride).to(device()) for photo in photos)
         maps = [cave.encode((x_lq + 1) / 2)[0] for x_lq in x]
@@ -223,7 +223,7 @@ def oscar_figures(oscar, args) -> None:
     header = read_json(args.weights / "config.json")
     table = read_json(args.weights / "model" / "mapping.json")
     with torch.inference_mode():
-        x = (pad_to(to_tensor(read_image(f)[0])[None], model.multiple) for f in list_images(args.data))
+        x = (pad_to(to_tensor(photo)[None], model.multiple) for photo in read_all(list_images(args.data)))
         z = [model.sd.encode(x_hq.to(device())).float() for x_hq in x]
     torch.manual_seed(header["seed"])
     untrained = oscar.HyperEncoders(oscar.Stage1.read(header), z[0].shape[1]).to(device())

@@ -1,0 +1,282 @@
+"""What people's files really contain, and what happens around them: one kind of fault a test, each with the right
+value. Inputs are made here."""
+
+import io
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, PngImagePlugin
+
+import codiff
+import oscar
+import sodiff
+from common import ROOT, TINY_SD, UserError, list_images, outputs, read_image, restore_files, run_cli
+from data.files import LOCKS, each_file, in_repo, load_tensors, lock
+from data.results.evaluate import mean, read_all
+
+COLOUR = Image.new("RGB", (24, 16), (200, 20, 20))
+
+
+def saved(folder, name, image=COLOUR, **options):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+# ---- reading
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P"])
+def test_the_colour_under_alpha_stays_and_so_does_alpha(tmp_path, kind):
+    image = COLOUR.convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size).point(lambda v: 128 if v > 99 else 32))
+    if kind == "P":
+        image = COLOUR.quantize(4)
+        image.info["transparency"] = 0
+    rgb, alpha = read_image(saved(tmp_path, "a.png", image.convert(kind) if kind != "P" else image))
+    want = COLOUR.convert("L").convert("RGB") if kind == "LA" else COLOUR
+    assert np.abs(np.asarray(rgb, int) - np.asarray(want)).max() <= 2
+    assert set(np.unique(alpha)) == ({0, 255} if kind == "P" else {32, 128}) or kind == "P"
+    on_white, _ = read_image(tmp_path / "a.png", on_white=True)
+    assert np.asarray(on_white, int).mean() >= np.asarray(rgb, int).mean()
+
+
+TO_XYZ = {"Adobe RGB": [[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]],
+          "Display P3": [[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]],
+          "sRGB": [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]}  # D50
+
+
+def profile_of(matrix, gamma: float) -> bytes:
+    """A minimal ICC profile (version 2): three primaries and one exponent."""
+    def number(v):
+        return struct.pack(">i", round(v * 65536))
+    tags = {b"wtpt": b"XYZ \0\0\0\0" + b"".join(map(number, (0.9642, 1.0, 0.8249))),
+            b"desc": b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + bytes(78), b"cprt": b"text\0\0\0\0x\0"}
+    for i, c in enumerate((b"r", b"g", b"b")):
+        tags[c + b"XYZ"] = b"XYZ \0\0\0\0" + b"".join(number(row[i]) for row in matrix)
+        tags[c + b"TRC"] = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
+    table, body, start = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, content in tags.items():
+        content += bytes(-len(content) % 4)
+        table += name + struct.pack(">II", start + len(body), len(content))
+        body += content
+    head = struct.pack(">I", start + len(body)) + bytes(4) + b"\x02\x10\0\0mntrRGB XYZ " + bytes(12) + b"acsp"
+    head += bytes(28) + b"".join(map(number, (0.9642, 1.0, 0.8249))) + bytes(48)
+    return head + struct.pack(">I", len(tags)) + table + body
+
+
+@pytest.mark.parametrize("name", ["Adobe RGB", "Display P3"])
+def test_a_colour_profile_is_converted_to_srgb(tmp_path, name):
+    """The numbers that stand for the same colours in a wider space come back as sRGB's, by closed form."""
+    inside = np.random.default_rng(0).integers(40, 216, (8, 8, 3)).astype(np.uint8)
+    v = inside / 255
+    linear = np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4)
+    wide = linear @ (np.linalg.inv(TO_XYZ[name]) @ np.array(TO_XYZ["sRGB"])).T
+    numbers = Image.fromarray((255 * wide.clip(0, 1) ** (1 / 2.2) + 0.5).astype(np.uint8))
+    picture = saved(tmp_path, "p.png", numbers, icc_profile=profile_of(TO_XYZ[name], 2.2))
+    got = np.asarray(read_image(picture)[0], int)
+    assert np.abs(got - inside).mean() < 1.5 and np.abs(np.asarray(numbers, int) - inside).mean() > 4
+    same = saved(tmp_path, "s.png", COLOUR, icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    assert np.abs(np.asarray(read_image(same)[0], int) - np.asarray(COLOUR)).max() <= 1
+    broken = saved(tmp_path, "b.png", COLOUR, icc_profile=b"no profile")
+    assert np.array_equal(read_image(broken)[0], COLOUR)
+
+
+@pytest.mark.parametrize("a, expected", [
+    (np.linspace(0, 1, 64, dtype=np.float32), 255), (np.linspace(0, 255, 64, dtype=np.float32), 255),
+    (np.float32([*np.linspace(0, 1, 639), 1.02]), 255), (np.float32([*np.linspace(0, 1, 639), np.inf]), 255),
+    (np.float32([*np.linspace(0, 1, 639), np.nan]), 255),  # one odd pixel changes nothing
+    (np.full(64, 255, np.uint16), 1), (np.full(64, 65535, np.uint16), 255), (np.full(64, 100, np.int32), 0)])
+def test_ranges_of_float_and_16_bit_greys_are_known(tmp_path, a, expected):
+    rgb = np.asarray(read_image(saved(tmp_path, "a.tif", Image.fromarray(a[None])))[0], int)
+    assert rgb.max() == expected and (len(np.unique(rgb)) > 30) == (a.dtype == np.float32)
+
+
+def test_every_failure_to_read_names_the_file(tmp_path):
+    whole = io.BytesIO()
+    Image.effect_noise((64, 48), 40).convert("RGB").save(whole, "AVIF" if "AVIF" in Image.SAVE else "WEBP")
+    bad = {"empty.png": b"", "text.jpg": b"not a picture", "cut.avif": whole.getvalue()[:-200],
+           "format.dds": b"DDS " + bytes([124, 0, 0, 0]) + b"\xff" * 200}
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            read_image(tmp_path / name)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "long " * 10**6, zip=True)
+    assert read_image(saved(tmp_path, "long.png", pnginfo=text))[0].size == COLOUR.size
+    if os.name == "posix":
+        reader, writer = os.pipe()
+        os.write(writer, saved(tmp_path, "pipe.png").read_bytes())
+        os.close(writer)
+        assert read_image(f"/dev/fd/{reader}")[0].size == COLOUR.size
+        os.close(reader)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "GIF"])
+def test_mutated_files_are_read_or_named(tmp_path, kind):
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {kind}")
+    buffer, r, path = io.BytesIO(), np.random.default_rng(0), tmp_path / "x"
+    Image.effect_noise((40, 30), 60).convert("RGB").save(buffer, kind)
+    for _ in range(60):
+        data = bytearray(buffer.getvalue())
+        for _ in range(r.integers(1, 9)):
+            data[r.integers(len(data))] = r.integers(256)
+        path.write_bytes(bytes(data[:r.integers(1, len(data) + 1)] if r.random() < 0.3 else data))
+        try:
+            assert read_image(path)[0].mode == "RGB"
+        except UserError as error:
+            assert str(path) in str(error)
+
+
+# ---- finding and naming
+
+
+def test_linked_folders_are_searched_and_pipes_are_not(tmp_path):
+    saved(tmp_path, "real/a.png")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "round").symlink_to(tmp_path / "data")
+    os.mkfifo(tmp_path / "real" / "b.png")
+    assert [p.name for p in list_images([tmp_path / "data"])] == ["a.png"]
+
+
+def test_results_within_the_input_are_no_inputs(tmp_path):
+    saved(tmp_path, "a.png"), saved(tmp_path, "restored/a.png")
+    assert outputs([str(tmp_path)], tmp_path / "restored") == [(tmp_path / "a.png", tmp_path / "restored" / "a.png")]
+    with pytest.raises(UserError, match="overwrite"):
+        outputs([str(tmp_path)], tmp_path)
+
+
+@pytest.mark.parametrize("suffix, name", [(".png", "x.jpg"), (".oscar", "x.bin")])
+def test_a_name_with_a_foreign_ending_is_refused(tmp_path, suffix, name):
+    with pytest.raises(UserError, match=f"give a name that ends in {suffix}"):
+        outputs([str(saved(tmp_path, "a.png"))], tmp_path / name, suffix)
+
+
+# ---- batches
+
+
+def test_one_files_failure_of_whatever_kind_ends_that_file(tmp_path, capsys):
+    failures = {"a": MemoryError(), "b": RuntimeError("CUDA out of memory"), "c": KeyError("odd"), "d": None}
+    done = []
+
+    def work(file, target):
+        if failures[file.name]:
+            raise failures[file.name]
+        done.append(file.name)
+    with pytest.raises(UserError, match="3 of 4"):
+        each_file([(tmp_path / k, tmp_path / "out") for k in failures], "restore", work)
+    told = capsys.readouterr().err
+    assert done == ["d"] and told.count("--tile 512") == 2 and "c: failed (KeyError: 'odd')" in told
+
+
+def test_grey_stays_grey_and_long_or_odd_names_are_written(tmp_path):
+    grey, name = Image.linear_gradient("L").resize((20, 20)), "n" * 240 + ".png"
+    saved(tmp_path, "grey.jpg", grey), saved(tmp_path, name)
+    pairs = [(tmp_path / f, tmp_path / "out" / f"{f[:-4]}.png") for f in ("grey.jpg", name)]
+    restore_files(pairs, lambda image: (COLOUR.resize(image.size), ""))
+    assert Image.open(tmp_path / "out" / "grey.png").mode == "L"
+    assert Image.open(tmp_path / "out" / name).mode == "RGB"
+
+
+def test_a_name_that_the_terminal_cannot_print_is_escaped(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with pytest.raises(SystemExit):
+        run_cli(lambda: list_images(["\udcff \u2603.png"]))
+    terminal.flush()
+    assert b"\\udcff \\u2603.png: no such file" in terminal.buffer.getvalue()
+
+
+# ---- settings and runs
+
+
+@pytest.mark.parametrize("script, flags, says", [
+    (codiff, ["--s2-lr", "nan"], "--s2-lr nan"), (codiff, ["--s2-T-L", "1000"], "--s2-T-L 1000"),
+    (codiff, ["--s1-qf-min", "96"], "--s1-qf-min 96"), (codiff, ["--seed", "-1"], "--seed -1"),
+    (codiff, ["--val", "nowhere"], "nowhere"), (codiff, ["--s2-batch", "0"], "--s2-batch 0"),
+    (codiff, ["--base", "no/base"], "no/base"), (sodiff, ["--beta", "-1"], "--beta -1"),
+    (sodiff, ["--s2-tau-0", "5000"], "5000"), (oscar, ["--s2-lambda-repa", "inf"], "--s2-lambda-repa inf")])
+def test_bad_settings_of_both_stages_are_refused_before_any_training(tmp_path, monkeypatch, script, flags, says):
+    monkeypatch.setattr(script, "stage1", lambda *_: pytest.fail("has begun"))
+    with pytest.raises(UserError, match=says):
+        script.main(["train", "--out", str(tmp_path / "run"), *flags])
+    assert not (tmp_path / "run" / "last").exists()
+
+
+def test_settings_of_another_version_are_one_line():
+    header = {f"stage1.{k}": v for k, v in vars(codiff.Stage1()).items()}
+    assert codiff.Stage1.read(header) == codiff.Stage1()
+    for changed in (header | {"stage1.gone": 1}, {k: v for k, v in header.items() if k != "stage1.lr"}):
+        with pytest.raises(UserError, match="another version"):
+            codiff.Stage1.read(changed)
+
+
+def test_bundled_paths_are_recorded_relative_to_the_repo(tmp_path, monkeypatch):
+    assert in_repo(TINY_SD) == "data/tiny-sd" and in_repo("some/repository") == "some/repository"
+    assert in_repo(tmp_path) == str(tmp_path.resolve())
+    monkeypatch.chdir(tmp_path)
+    assert codiff.SD("data/tiny-sd", with_unet=False).multiple == 8  # found from anywhere
+
+
+def test_two_trainings_do_not_write_into_one_folder(tmp_path):
+    def in_another_process(folder) -> int:
+        if child := os.fork():
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        LOCKS.clear()
+        try:
+            lock(folder)
+        except UserError as error:
+            os._exit(1 if "another training writes into it" in str(error) else 2)
+        os._exit(0)
+    assert in_another_process(tmp_path) == 0  # and its lock has died with it
+    lock(tmp_path), lock(tmp_path)  # the same process may go on
+    assert in_another_process(tmp_path) == 1 and in_another_process(tmp_path / "b") == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+# ---- metrics and text
+
+
+def test_means_are_finite_over_what_can_be_measured():
+    assert mean([20.0, float("inf"), 30.0]) == 25 and mean([None, float("nan")]) is None and mean([1.0, None]) == 1
+    json.dumps({"mean": mean([float("inf")])}, allow_nan=False)
+
+
+def test_a_bad_picture_among_many_is_named_and_left_out(tmp_path, capsys):
+    saved(tmp_path, "a.png"), saved(tmp_path, "c.png")
+    (tmp_path / "b.jpg").write_bytes(b"\xff\xd8\xff")
+    assert len(read_all(list_images([tmp_path]))) == 2 and "b.jpg" in capsys.readouterr().err
+
+
+def test_captions_are_utf8_with_or_without_bom_and_lines_end_where_they_end(tmp_path):
+    rows = [{"file": "a.png", "caption": "a\u2028b"}, {"file": "b.png", "caption": "Stra\u00dfe"}]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    for text in (lines, lines + "\n", "\ufeff" + lines.replace("\n", "\r\n\r\n")):
+        (tmp_path / "captions.jsonl").write_bytes(text.encode())
+        read = sodiff.read_captions([tmp_path])
+        assert [read[tmp_path / row["file"]]["caption"] for row in rows] == [row["caption"] for row in rows]
+
+
+def test_ctrl_c_with_loader_processes_ends_in_one_line(tmp_path):
+    args = [sys.executable, str(ROOT / "codiff.py"), "train", "--stage", "1", "--out", str(tmp_path / "run"),
+            "--s1-crop", "64", "--s1-batch", "2", "--s1-workers", "2", "--s1-save-every", "1"]
+    run = subprocess.Popen(args, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    log = tmp_path / "run" / "log.jsonl"
+    while run.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the loader's processes as well
+    said = run.communicate()[1]
+    assert run.returncode == 2 and "Traceback" not in said and "interrupted; what was saved is whole" in said
+    steps = log.read_text().count("\n")
+    step = load_tensors(tmp_path / "run" / "last" / "stage1.safetensors")[1]["step"]
+    assert steps - 1 <= step <= steps
