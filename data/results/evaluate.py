@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import io
 import math
+import socket
 import sys
 import tempfile
 import warnings
@@ -36,10 +37,11 @@ class Metrics:
         self.lpips, self.dists = None, None
         try:
             import lpips
-            self.dists = common.dists_vgg16().to(device())  # first: its downloads time out
+            socket.setdefaulttimeout(8)  # a download that gets no answer fails after seconds
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # lpips calls torchvision by an old keyword
                 self.lpips = lpips.LPIPS(net=net.lower(), verbose=False).to(device())
+            self.dists = common.dists_vgg16().to(device())
         except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             note(f"LPIPS and DISTS show as '-', since their networks' weights are not to be had: {reason}")
