@@ -336,8 +336,8 @@ def stage2(run: Run, cfg: Stage2) -> None:
             l_per = w["l2"] * l_2 + w["dists"] * cfg.lambda_P * l_dists
             # DIFFERS: in the release the critic's UNet runs under no_grad, which makes Eq. 8 a constant for
             # the generator and leaves Eq. 9 to the head; here its parameters are frozen, not its graph.
-            # Eqs. 8 and 9 are expectations over t; T_D is one, as released. The head, "a lightweight MLP" in
-            # the paper, is two 4x4 convolutions as released, with 52.5 M parameters at SD 2.1's size.
+            # DIFFERS: Eqs. 8 and 9 are expectations over t; T_D is one, as released. The head, "a lightweight
+            # MLP" in the paper, is two 4x4 convolutions as released: 52.5 M parameters at SD 2.1's size.
             with frozen(critic):  # until after backward: checkpointing runs the critic's forward again there
                 l_G = loss_G(critic(z_hat, cfg.T_D))
                 # Eq. 10

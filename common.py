@@ -285,7 +285,7 @@ class Stage:
     def __post_init__(self):
         for f in fields(self):
             value, choices, most = getattr(self, f.name), f.metadata["choices"], f.metadata["most"]
-            least = f.name in ("steps", "batch", "accumulate", "crop", "zoom", "rank", "save_every")
+            least = f.name in ("steps", "batch", "accumulate", "crop", "zoom", "rank", "save_every", "qf_min")
             for v in value if isinstance(value, (tuple, list)) else (value,):
                 if choices and v not in choices:
                     raise UserError(f"{self.flag(f.name)} {v}: choose from {', '.join(choices)}")
@@ -592,7 +592,7 @@ def run_cli(main) -> None:
         stream.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot print
     try:
         return main()
-    except UserError as error:
+    except (UserError, OSError) as error:  # of the system, say of a folder that may not be read
         note(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
         note(f"{Path(sys.argv[0]).name}: interrupted; what was saved is whole (train: go on with --resume)")

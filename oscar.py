@@ -515,7 +515,7 @@ def stage2(run: Run, cfg: Stage2, cfg1: Stage1) -> None:
             l_per = w["mse"] * l_mse + cfg.lambda_dists * (w["dists"] * l_dists + w["ea"] * l_ea)
             # DIFFERS: in the release the critic's UNet runs under no_grad, which makes L_G a constant for the
             # generator; here its parameters are frozen, not its graph. And it sees clean latents, as Eq. 16
-            # is printed; the release adds noise.
+            # is printed; the release adds noise. The head is two convolutions as there, no "lightweight MLP".
             with frozen(critic):  # until after backward: checkpointing runs the critic's forward again there
                 l_G = loss_G(critic(z_hat, cfg.T_D))
                 # Eq. 14

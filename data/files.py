@@ -178,10 +178,12 @@ def outputs(inputs: list[str], out: Path, suffix: str = ".png", find=list_images
 
 def why(error: Exception, file: Path) -> str:
     """One line on a failure of whatever kind, which names the file."""
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    if isinstance(error, MemoryError) or "memory" in text or "allocate" in text:  # torch has kinds of its own
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return f"{file}: not enough memory; --tile 512 takes a part of the picture at a time"
-    return text if isinstance(error, UserError) else f"{file}: failed ({type(error).__name__}: {text})"
+    return f"{file}: failed ({type(error).__name__}: {text})"
 
 
 def each_file(pairs: list[tuple[Path, Path]], what: str, work) -> None:

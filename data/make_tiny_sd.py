@@ -353,7 +353,8 @@ def read_data(args) -> tuple[list[np.ndarray], list[str]]:
     known = {}
     for folder in map(Path, args.data):
         if (folder / "captions.jsonl").exists():
-            rows = map(json.loads, open(folder / "captions.jsonl", encoding="utf-8-sig"))
+            lines = (folder / "captions.jsonl").read_text("utf-8-sig").split("\n")
+            rows = [json.loads(line) for line in lines if line.strip()]
             known |= {folder / row["file"]: row["caption"] for row in rows}
     captions = [known.get(f, "") for f in files]
     photos = [np.asarray(read_image(f)[0]) for f in tqdm(files, "photographs", mininterval=10)]

@@ -19,7 +19,7 @@ import oscar
 import sodiff
 from common import ROOT, TINY_SD, UserError, list_images, outputs, read_image, restore_files, run_cli
 from data.files import LOCKS, each_file, in_repo, load_tensors, lock
-from data.results.evaluate import mean, read_all
+from data.results.evaluate import Metrics, mean, read_all
 
 COLOUR = Image.new("RGB", (24, 16), (200, 20, 20))
 
@@ -166,17 +166,19 @@ def test_a_name_with_a_foreign_ending_is_refused(tmp_path, suffix, name):
 
 
 def test_one_files_failure_of_whatever_kind_ends_that_file(tmp_path, capsys):
-    failures = {"a": MemoryError(), "b": RuntimeError("CUDA out of memory"), "c": KeyError("odd"), "d": None}
+    failures = {"a": MemoryError(), "b": RuntimeError("CUDA out of memory"), "c": KeyError("odd"), "d": None,
+                "e": UserError("memory.png: not an image")}
     done = []
 
     def work(file, target):
         if failures[file.name]:
             raise failures[file.name]
         done.append(file.name)
-    with pytest.raises(UserError, match="3 of 4"):
+    with pytest.raises(UserError, match="4 of 5"):
         each_file([(tmp_path / k, tmp_path / "out") for k in failures], "restore", work)
     told = capsys.readouterr().err
     assert done == ["d"] and told.count("--tile 512") == 2 and "c: failed (KeyError: 'odd')" in told
+    assert "memory.png: not an image" in told
 
 
 def test_grey_stays_grey_and_long_or_odd_names_are_written(tmp_path):
@@ -203,6 +205,7 @@ def test_a_name_that_the_terminal_cannot_print_is_escaped(monkeypatch):
 @pytest.mark.parametrize("script, flags, says", [
     (codiff, ["--s2-lr", "nan"], "--s2-lr nan"), (codiff, ["--s2-T-L", "1000"], "--s2-T-L 1000"),
     (codiff, ["--s1-qf-min", "96"], "--s1-qf-min 96"), (codiff, ["--seed", "-1"], "--seed -1"),
+    (sodiff, ["--s2-qf-min", "0"], "--s2-qf-min 0"),
     (codiff, ["--val", "nowhere"], "nowhere"), (codiff, ["--s2-batch", "0"], "--s2-batch 0"),
     (codiff, ["--base", "no/base"], "no/base"), (sodiff, ["--beta", "-1"], "--beta -1"),
     (sodiff, ["--s2-tau-0", "5000"], "5000"), (oscar, ["--s2-lambda-repa", "inf"], "--s2-lambda-repa inf")])
@@ -250,6 +253,11 @@ def test_two_trainings_do_not_write_into_one_folder(tmp_path):
 def test_means_are_finite_over_what_can_be_measured():
     assert mean([20.0, float("inf"), 30.0]) == 25 and mean([None, float("nan")]) is None and mean([1.0, None]) == 1
     json.dumps({"mean": mean([float("inf")])}, allow_nan=False)
+
+
+def test_a_picture_of_three_pixels_has_metrics(tmp_path):
+    values = Metrics()(COLOUR.crop((0, 0, 3, 9)), COLOUR.resize((3, 9)))
+    assert values["SSIM"] is None and values["PSNR"] > 0
 
 
 def test_a_bad_picture_among_many_is_named_and_left_out(tmp_path, capsys):

@@ -56,9 +56,10 @@ class Metrics:
         luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
         xl, yl = (x * luma).sum(1, keepdim=True), (y * luma).sum(1, keepdim=True)
         xn, yn = (i.to(device()) / 127.5 - 1 for i in (x, y))
-        ssim = structural_similarity_index_measure(x, y, data_range=255.0) if min(x.shape[2:]) > 10 else None
-        values = [peak_signal_noise_ratio(x, y, data_range=255.0), psnr_b(xl, yl), ssim,
-                  self.lpips(xn, yn) if self.lpips else None, self.dists(xn, yn) if self.dists else None]
+        side = min(x.shape[2:])  # too small a picture has no structure, and no deep features
+        ssim = structural_similarity_index_measure(x, y, data_range=255.0) if side > 10 else None
+        deep = [net(xn, yn) if net and side >= 32 else None for net in (self.lpips, self.dists)]
+        values = [peak_signal_noise_ratio(x, y, data_range=255.0), psnr_b(xl, yl), ssim, *deep]
         values += [metric((xn + 1) / 2) for metric in self.extra.values()]
         return {k: None if v is None else float(v) for k, v in zip(self.names, values)}
 
@@ -112,14 +113,19 @@ def mean(values: list[float | None]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def read_all(files: list[Path]) -> list[Image.Image]:
-    """The pictures among them that can be read; the others are named."""
-    images = []
+def readable(files):
+    """(file, picture) of those that can be read; the others are named."""
     for file in files:
         try:
-            images.append(read_image(file)[0])
+            image = read_image(file)[0]
         except UserError as error:
             note(f"skipped: {error}")
+            continue
+        yield file, image
+
+
+def read_all(files: list[Path]) -> list[Image.Image]:
+    images = [image for _, image in readable(files)]
     if not images:
         raise UserError(f"{files[0]}: none of {len(files)} images can be read")
     return images
@@ -179,12 +185,7 @@ def compare(files: list[Path], conditions: dict, restore: dict, base, metrics: M
     keep(condition, row, file, image) sees every picture."""
     sd, drawn, strips = SD(base, with_unet=False).to(device()), drawn or list(conditions)[:1], []
     sums: dict[str, dict[str, list]] = {name: {} for name in conditions}
-    for file in tqdm(files, "eval", disable=None):
-        try:
-            target = read_image(file)[0]
-        except UserError as error:
-            note(f"skipped: {error}")
-            continue
+    for file, target in readable(tqdm(files, "eval", disable=None)):
         ceiling = through_vae(sd, target)
         ceiling_metrics = metrics(ceiling, target)
         for name, degrade in conditions.items():
@@ -341,12 +342,7 @@ def evaluate_codec(script, args) -> None:
     codecs |= {k: v for k, v in CLASSICAL.items() if not k.startswith("AVIF") or features.check("avif")}
     sums: dict[str, list[dict]] = {name: [] for name in [*codecs, "VAE alone"]}
     strips = []
-    for file in tqdm(files, "eval", disable=None):
-        try:
-            image = read_image(file)[0]
-        except UserError as error:
-            note(f"skipped: {error}")
-            continue
+    for file, image in readable(tqdm(files, "eval", disable=None)):
         pictures = [image]
         for name, (encode, decode) in codecs.items():
             try:
