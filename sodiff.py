@@ -96,8 +96,8 @@ class Stage2(Stage):
 
 
 class JPEGPairs(Crops):
-    """Sample n -> (n, x_lq, x_hq, qf, ...), a crop and its JPEG. In stage 1 with its caption's ids, mirrored at
-    most, and at the QF at which LLaVA saw the crop, if the caption tells. In stage 2 with x_lq and qf of
+    """Sample n -> (n, x_lq, x_hq, qf, ...), a crop and its JPEG. Stage 1: with its caption's ids, mirrored
+    at most, and at the QF at which LLaVA saw the crop, if the caption tells. Stage 2: with x_lq and qf of
     `qf_crops` further crops of half the size, their QF uniform."""
 
     def __init__(self, folders, cfg: Stage1 | Stage2, multiple: int, seed: int):
@@ -299,7 +299,7 @@ class ResidualBlock(nn.Module):
 class TimePredictor(nn.Module):
     """I_L (B, 3, H, W) in [-1, 1] -> (QF_pred (B,), logits (B, T_max)): four residual blocks, shared average
     pooling and two linear branches. OURS: the logits start the same for all images, all zero
-    (without Gumbel noise tau = (T_max - 1) / 2), or with `spread` as a bell of that deviation around tau_0."""
+    (tau = (T_max - 1) / 2 but for Gumbel noise), or with `spread` as a bell of that deviation about tau_0."""
 
     def __init__(self, widths: tuple[int, ...], T_max: int, tau_0: int, spread: float, highpass: float):
         super().__init__()

@@ -233,7 +233,8 @@ class Tiles:
     def mosaic(self, m: Tensor) -> Tensor:
         """What stands for the whole map, and is no larger than a tile."""
         px = m.shape[2] // self.rows
-        rows, cols = ((px * self.picked(n)[:, None] + torch.arange(px)).flatten() for n in (self.rows, self.cols))
+        rows, cols = ((px * self.picked(n)[:, None] + torch.arange(px)).flatten()
+                      for n in (self.rows, self.cols))
         return m[:, :, rows][..., cols].to(self.device)
 
 
