@@ -427,7 +427,8 @@ class MoEDiffIR(nn.Module):
         """`empty` (L, D_text): the empty caption's tokens; `tasks`: how many the small prior tells apart."""
         super().__init__()
         self.base, self.sd = base, SD(base, weights=weights)
-        self.multiple, unet, vae = self.sd.multiple, self.sd.unet.config, self.sd.vae.config
+        self.cell = self.multiple = self.sd.multiple
+        unet, vae = self.sd.unet.config, self.sd.vae.config
         self.prior = None
         if cfg.prompt == "moe" and cfg.dp != "none":
             self.prior = SmallPrior(tasks) if cfg.dp == "small" else Prior(cfg.dp, weights)
@@ -694,8 +695,8 @@ def restore(model: MoEDiffIR, image: Image.Image, steps: int = 1, start_t: int |
     """One compressed image, any size -> (its restored self, gates (N,) of every scale at the first timestep).
     The noise is the same every time. In tiles prior and gates are those of the mosaic that stands for all."""
     x_lq = to_tensor(image)[None].to(device())
-    x = pad_to(x_lq, model.multiple)
-    tiles = Tiles(model, x, model.multiple, tile)  # without `tile`, tiles(f, x) is f(x)
+    x = pad_to(x_lq, model.cell)
+    tiles = Tiles(model, x, model.cell, tile, model.multiple)  # without `tile`, tiles(f, x) is f(x)
     encode = functools.lru_cache(1)(model.encode)  # without `tile`, decoding asks for the same x again
     dp, c = model.prior(tiles.mosaic(x)) if model.prior else None, model.text(x_lq)
     z_lq = tiles(lambda x: encode(x)[0], x).float()

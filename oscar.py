@@ -277,8 +277,8 @@ class OSCAR(nn.Module):
         self.base, self.t, self.sd = base, t, SD(base, weights=weights)
         self.hyper_encoders = HyperEncoders(cfg, self.sd.vae.config.latent_channels)
         self.prompt = nn.Parameter(torch.zeros(77, self.sd.unet.config.cross_attention_dim))
-        self.multiples = [self.sd.f * s for s in S]  # pixels an index: what a picture is padded to
-        self.multiple = max(*self.multiples, self.sd.multiple)  # for tiles; all are powers of two
+        self.cells = [self.sd.f * s for s in S]  # pixels an index has a side; pictures are padded to these
+        self.cell, self.multiple = max(self.cells), max(*self.cells, self.sd.multiple)  # all powers of two
         self.digest, self.true_norms = b"\0\0", False
 
     def add_lora(self, rank: int) -> OSCAR:
@@ -572,7 +572,7 @@ def parse_file(data: bytes, model: OSCAR) -> tuple[int, tuple[int, int], np.ndar
         raise UserError(f"made with another model ({digest.hex()}, not {model.digest.hex()}); see --weights")
     if r >= len(RATES) or not 0 < width * height <= MAX_PIXELS:
         raise UserError(f"claims {width} x {height} pixels (at most {MAX_PIXELS}) at bit-rate number {r}")
-    rows, cols = (math.ceil(n / model.multiples[r]) for n in (height, width))
+    rows, cols = (math.ceil(n / model.cells[r]) for n in (height, width))
     start = HEAD.size + (model.sd.vae.config.latent_channels if model.true_norms else 0)
     length = start + math.ceil(rows * cols * BITS[r] / 8) + 4
     if len(data) != length:
@@ -600,8 +600,8 @@ def compress(model: OSCAR, image: Image.Image, r: int, tile: int | None = None) 
     """An image -> the bytes of its file, at bit-rate number r."""
     if max(image.size) > MAX_SIDE:
         raise UserError(f"{image.width} x {image.height} pixels; a file holds {MAX_SIDE} a side")
-    x = pad_to(to_tensor(image)[None], model.multiples[r])
-    tiles = Tiles(model.sd, x, model.multiples[r], tile)  # without `tile`, tiles(f, x) is f(x)
+    x = pad_to(to_tensor(image)[None], model.cells[r])
+    tiles = Tiles(model.sd, x, model.cells[r], tile, model.multiple)  # without `tile`, tiles(f, x) is f(x)
     z_0 = tiles(model.sd.encode, x).float().to(model.prompt.device)
     idx = model.hyper_encoders[r].encode(z_0)[0].cpu().numpy()
     return write_file(r, image.size, idx, model.digest, write_norms(z_0) if model.true_norms else b"")
@@ -614,7 +614,7 @@ def decompress(model: OSCAR, data: bytes, tile: int | None = None) -> Image.Imag
     f, device = model.sd.f, model.prompt.device
     rms = read_norms(norms).to(device) if norms else None
     z_tilde = model.hyper_encoders[r].decode(torch.from_numpy(idx)[None].to(device), rms)
-    tiles = Tiles(model.sd, z_tilde, model.multiples[r] // f, tile and tile // f)  # counted in latents
+    tiles = Tiles(model.sd, z_tilde, S[r], tile and tile // f, model.multiple // f)  # counted in latents
     z_hat = tiles(partial(model.denoise, r=r), z_tilde)
     return to_image(tiles(model.sd.decode, z_hat)[0, :, :height, :width])
 

@@ -249,7 +249,7 @@ def evaluate_jpeg(script, args) -> None:
 def prompts(model, images: list[Image.Image]) -> Tensor:
     """SODiff's e_img (N, 77, D_text) of pictures."""
     dtype = model.T_align.queries.dtype
-    x = (pad_to(to_tensor(image)[None], 8).to(device(), dtype) for image in images)
+    x = (pad_to(to_tensor(image)[None], model.cell).to(device(), dtype) for image in images)
     return torch.cat([model.T_align(model.E_down(x_lq)) for x_lq in x]).float().cpu()
 
 
@@ -292,7 +292,7 @@ def predictions(model, files: list[Path], qfs: list[int]) -> tuple[Tensor, Tenso
     """SODiff's predicted QF and timestep (len(qfs), len(files)) of every file's JPEGs."""
     out, photos = [], read_all(files)
     for qf in tqdm(qfs, "predicted QF", leave=False, disable=None):
-        x = (pad_to(to_tensor(jpeg(photo, qf))[None], 32) for photo in photos)
+        x = (pad_to(to_tensor(jpeg(photo, qf))[None], model.cell) for photo in photos)
         seen = (model.condition(x_lq.to(device()))[1:] for x_lq in x)
         out.append([(qf_hat.item(), tau.item()) for qf_hat, tau in seen])
     return torch.tensor(out).unbind(-1)

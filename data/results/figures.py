@@ -223,7 +223,7 @@ def oscar_figures(oscar, args) -> None:
     header = read_json(args.weights / "config.json")
     table = read_json(args.weights / "model" / "mapping.json")
     with torch.inference_mode():
-        x = (pad_to(to_tensor(photo)[None], model.multiple) for photo in read_all(list_images(args.data)))
+        x = (pad_to(to_tensor(photo)[None], model.cell) for photo in read_all(list_images(args.data)))
         z = [model.sd.encode(x_hq.to(device())).float() for x_hq in x]
     torch.manual_seed(header["seed"])
     untrained = oscar.HyperEncoders(oscar.Stage1.read(header), z[0].shape[1]).to(device())
@@ -264,7 +264,7 @@ def oscar_figures(oscar, args) -> None:
 @torch.inference_mode()
 def gates_of(model, image: Image.Image) -> list[Tensor]:
     """Gates (N,) of every scale for a picture, at the timestep where sampling starts."""
-    x = pad_to(to_tensor(image)[None], model.multiple).to(device())
+    x = pad_to(to_tensor(image)[None], model.cell).to(device())
     z_lq, _ = model.encode(x)
     t = torch.full((1,), model.start_t, device=x.device)
     return [g[0].float().cpu() for g in model.module(z_lq, t, model.prior(x) if model.prior else None)[1]]
