@@ -80,7 +80,7 @@ class Stage1(Stage):
     lr: float            = both(1e-3,         2e-5,      "Sec. 4.1")
     batch: int           = both(8,            64,        "Sec. 4.1")
     steps: int           = both(200,          10_000,    "Sec. 4.1")
-    measure: int         = both(64,           4096,      "ours: crops for Eqs. 10, 12 and gain; the paper: all")
+    measure: int         = both(64,           4096,      "ours: crops of Eqs. 10, 12, gain; the paper: all")
 
 
 @dataclass
@@ -314,13 +314,12 @@ def loss_sim(z_0: Tensor, z_tilde: Tensor) -> Tensor:
     return -cosine(z_0, z_tilde)
 
 
-def G_sim(z: list[Tensor], eps: list[Tensor], alpha_bar: Tensor) -> Tensor:
+def G_sim(z_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     """G_sim(t) for all t (T,): expected per-position cosine of z_0 (B, C, h, w) and its noisy version.
 
     DIFFERS: Eq. 12 approximates it by sqrt(alpha_bar), which holds for long vectors; for the few channels of
     one position the expectation is lower. Since Eq. 9 compares positions, this is the expectation itself."""
-    v, n = (torch.cat([t.movedim(1, -1).flatten(0, -2) for t in ts]) for ts in (z, eps))  # (positions, C)
-    zz, ze, ee = (v * v).sum(1), (v * n).sum(1), (n * n).sum(1)
+    zz, ze, ee = ((u * v).sum(1).flatten() for u, v in ((z_0, z_0), (z_0, eps), (eps, eps)))  # (positions,)
 
     def expected(alpha: float) -> Tensor:
         a, b = math.sqrt(alpha), math.sqrt(1 - alpha)
@@ -357,7 +356,7 @@ def measure_mapping(measured: list[float], expected: list[float], alpha_bar: Ten
         t = min(range(len(expected)), key=lambda t: abs(expected[t] - f))
         print(f"{name} bpp  {f:8.4f}  {t:4d}  {expected[t]:8.4f}  {alpha_bar[t].sqrt():12.4f}  {released:15}")
         if not low <= f <= high:
-            print(f"{name} bpp: no timestep has a cosine of {f:.4f}; G_sim is {low:.4f} to {high:.4f}; t = {t}")
+            print(f"{name} bpp: {f:.4f} is outside G_sim's {low:.4f} to {high:.4f}: t is clamped to {t}")
         rates[name] = {"cosine": f, "t": t}
     return rates | {"G_sim": expected}
 
@@ -381,8 +380,8 @@ def choose_mapping(cfg: Stage2, measured: Path, T: int, seed: int) -> list[int]:
 
 @torch.no_grad()
 def set_gain(hyper_encoders: nn.ModuleList, z: list[Tensor], reduce=lambda sums: sums) -> None:
-    """The cosine leaves the scale of z_tilde open. Eq. 11's states are about as large as z_0, so a constant for
-    each rate gives z_tilde its RMS over training latents z; `reduce` adds up those of all processes.
+    """The cosine leaves z_tilde's scale open. Eq. 11's states are about as large as z_0, so a constant for
+    each rate gives z_tilde z_0's RMS over training latents z; `reduce` joins the sums of all processes.
 
     DIFFERS: the release scales each channel to its norm in the image's own latent, which no decoder has."""
     for Q in hyper_encoders.eval():
@@ -452,9 +451,10 @@ def stage1(run: Run, cfg: Stage1) -> None:
                 update_codebook(run, Q, r, cfg.ema, step, run.seed)
     z, eps = latents(run, sd, photos, cfg.measure)
     set_gain(Qs, z, acc.reduce)
-    means = (acc.reduce(f, "mean").tolist() for f in (F_sim(Qs, z), G_sim(z, eps, sd.alpha_bar)))
+    measured, expected = F_sim(Qs, z), G_sim(torch.cat(z), torch.cat(eps), sd.alpha_bar)
+    measured, expected = (acc.reduce(f, "mean").tolist() for f in (measured, expected))
     if run.main:
-        mapping = measure_mapping(*means, sd.alpha_bar)
+        mapping = measure_mapping(measured, expected, sd.alpha_bar)
         path = run.folder / "model" / "mapping.json"
         common.atomic(path, lambda tmp: tmp.write_text(json.dumps(mapping, indent=1) + "\n"))
     run.save(Qs)

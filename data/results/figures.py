@@ -17,8 +17,8 @@ from tqdm import tqdm
 import common
 from common import (PHOTOS, ROOT, UserError, atomic, device, jpeg, list_images, note, pad_to, read_image,
                     read_json, to_tensor, write_json)
-from data.results.evaluate import (CLASSICAL, alignment, captioned, predictions, print_routing, prompts,
-                                   read_all, text_table)
+from data.results.evaluate import (CLASSICAL, alignment, captioned, curve, predictions, print_routing,
+                                   prompts, read_all, text_table)
 
 
 def pyplot():
@@ -160,15 +160,15 @@ def sodiff_figures(sodiff, args) -> None:
 def draw_curve(results: dict, target: Path) -> Path:
     """Fig. 5: a panel for each metric that could be measured, against true bits per pixel."""
     plt = pyplot()
-    panels = [k for k in ("PSNR", "SSIM", "LPIPS-VGG", "DISTS") if results["VAE alone"][k] is not None]
+    panels = ("PSNR", "SSIM", "LPIPS-VGG", "DISTS", "MUSIQ", "CLIPIQA")
+    panels = [k for k in panels if results["VAE alone"].get(k) is not None]
     size = (4.5 * len(panels), 3.4)
     figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
     for axis, metric in zip(axes[0], panels):
-        points = [(v["bpp"], v[metric]) for k, v in results.items() if k.startswith("OSCAR")]
-        axis.plot(*zip(*points), "o-", label="OSCAR")
+        axis.plot(*zip(*curve(results, "OSCAR", metric)), "o-", label="OSCAR")
         for name, marker in zip(CLASSICAL, "sv^"):
-            if name in results:
-                axis.plot(results[name]["bpp"], results[name][metric], marker, color="gray", label=name)
+            if points := curve(results, name, metric):
+                axis.plot(*zip(*points), f"{marker}-", color="gray", label=name)
         axis.axhline(results["VAE alone"][metric], color="gray", linestyle=":", label="VAE alone")
         axis.set(xlabel="bits per pixel, from the file's length", ylabel=metric, xscale="log")
     axes[0, 0].legend(fontsize=7)
@@ -225,16 +225,21 @@ def oscar_figures(oscar, args) -> None:
     with torch.inference_mode():
         x = (pad_to(to_tensor(photo)[None], model.cell) for photo in read_all(list_images(args.data)))
         z = [model.sd.encode(x_hq.to(device())).float() for x_hq in x]
+        cfg = oscar.Stage1.read(header)
+        crops = oscar.Photos([ROOT / folder for folder in header["data"]], cfg, 1, header["seed"])
+        crops = [model.sd.encode(crops[n][1][None].to(device())).float() for n in range(min(64, cfg.measure))]
     torch.manual_seed(header["seed"])
-    untrained = oscar.HyperEncoders(oscar.Stage1.read(header), z[0].shape[1]).to(device())
-    oscar.set_gain(untrained, z)
+    untrained = oscar.HyperEncoders(cfg, z[0].shape[1]).to(device())
+    oscar.set_gain(untrained, crops)  # as stage 1 does
+    z_0 = torch.cat([t.flatten() for t in z]).cpu()
     fig4, axes = plt.subplots(2, 6, figsize=(16, 5), layout="constrained")
     fig8, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for i, r in enumerate((0, 2, 7)):
         pair = (("before", untrained[r], "tab:orange"), ("after", model.hyper_encoders[r], "tab:blue"))
         for j, (when, Q, color) in enumerate(pair):
             eps, name = residual(Q, z, model.sd.alpha_bar[model.t[r]]), f"{oscar.NAMES[r]} bpp, {when}"
-            results[name] = draw_residuals(plt, axes[:, 2 * i + j], eps, name, color)
+            correlation = torch.nn.functional.cosine_similarity(eps, z_0, dim=0).item()
+            results[name] = [*draw_residuals(plt, axes[:, 2 * i + j], eps, name, color), correlation]
             if r == 2:
                 draw_histogram(left, eps, f"{when} alignment", color)
     left.set_title(f"residual noise, {oscar.NAMES[2]} bpp")
@@ -250,9 +255,9 @@ def oscar_figures(oscar, args) -> None:
     axis.set(xlabel="pseudo diffusion timestep t", ylabel="cosine similarity")
     axis.legend(fontsize=7)
     save({"fig2": fig2, "fig4": fig4, "fig8": fig8}, args.weights)
-    print(text_table(["residual noise", "mean", "deviation", "excess kurtosis"],
+    print(text_table(["residual noise", "mean", "deviation", "excess kurtosis", "cosine to z_0"],
                      [[name, *v] for name, v in results.items()]))
-    now = oscar.F_sim(model.hyper_encoders, z)
+    now = oscar.F_sim(model.hyper_encoders, z).tolist()
     rows = [[f"{k} bpp", table[k]["cosine"], f, f - table[k]["cosine"]] for k, f in zip(oscar.NAMES, now)]
     print("\ncosine: the mapping's, on training crops before stage 2, and now, on these photographs\n"
           + text_table(["", "mapping's", "now", "difference"], rows))
