@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.files import (ROOT, UserError, append, atomic, each_file, in_repo, list_images,  # noqa: F401
-                        load_tensors, load_trained, note, outputs, read_json, save_tensors, take, trained, why,
-                        write_json)
+                        load_tensors, load_trained, note, outputs, read_json, save_tensors, take, trained,
+                        why, write_json)
 from data.pictures import (PHOTOS, Crops, Tiles, check_tile, jpeg, leave_ctrl_c_to_the_parent,  # noqa: F401
                            noise_for, pad_to, read_image, restore_files, rng, to_image, to_tensor,
                            torch_rng)
@@ -410,7 +410,7 @@ class Run:
                                gradient_accumulation_steps=cfg.accumulate, kwargs_handlers=options)
         self.stage, self.cfg, self.terms = f"stage{stage}", cfg, {}
         settings = "  ".join(f"{k}={v}" for k, v in asdict(cfg).items())
-        where = f"{self.acc.device.type} x {self.acc.num_processes}, precision {'float32' if float32 else precision}"
+        where = f"{device().type} x {self.acc.num_processes}, precision {'float32' if float32 else precision}"
         self.acc.print(f"\nstage {stage} on {where}\n  {settings}")
         for name, m in modules.items():
             every, some = (sum(p.numel() for p in m.parameters() if p.requires_grad or not only) / 1e6

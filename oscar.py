@@ -346,8 +346,9 @@ def F_sim(hyper_encoders: nn.ModuleList, z: list[Tensor]) -> Tensor:
     return torch.stack(sums) / sum(map(len, z))
 
 
-def measure_mapping(measured: list[float], expected: list[float], alpha_bar: Tensor) -> dict:
-    """{rate: {"cosine", "t"}, "G_sim": [...]}: every rate's pseudo timestep, from F_sim (8,), G_sim (T,)."""
+def measure_mapping(measured: list[float], expected: list[float], alpha_bar: Tensor, target: Path) -> None:
+    """Every rate's pseudo timestep, from F_sim (8,) and G_sim (T,), to a JSON file: {rate: {"cosine", "t"},
+    "G_sim": [...]}."""
     print("\nthe mapping: measured cosine -> pseudo diffusion timestep\n"
           "            F_sim(r)  t(r)  G_sim(t)  sqrt(abar_t)  the release's t")
     rates, low, high = {}, min(expected), max(expected)
@@ -358,7 +359,8 @@ def measure_mapping(measured: list[float], expected: list[float], alpha_bar: Ten
         if not low <= f <= high:
             print(f"{name} bpp: {f:.4f} is outside G_sim's {low:.4f} to {high:.4f}: t is clamped to {t}")
         rates[name] = {"cosine": f, "t": t}
-    return rates | {"G_sim": expected}
+    text = json.dumps(rates | {"G_sim": expected}, indent=1) + "\n"
+    common.atomic(target, lambda tmp: tmp.write_text(text))
 
 
 def choose_mapping(cfg: Stage2, measured: Path, T: int, seed: int) -> list[int]:
@@ -453,10 +455,7 @@ def stage1(run: Run, cfg: Stage1) -> None:
     set_gain(Qs, z, acc.reduce)
     measured, expected = F_sim(Qs, z), G_sim(torch.cat(z), torch.cat(eps), sd.alpha_bar)
     measured, expected = (acc.reduce(f, "mean").tolist() for f in (measured, expected))
-    if run.main:
-        mapping = measure_mapping(measured, expected, sd.alpha_bar)
-        path = run.folder / "model" / "mapping.json"
-        common.atomic(path, lambda tmp: tmp.write_text(json.dumps(mapping, indent=1) + "\n"))
+    run.first(measure_mapping, measured, expected, sd.alpha_bar, run.folder / "model" / "mapping.json")
     run.save(Qs)
 
 

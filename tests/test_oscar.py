@@ -170,21 +170,23 @@ class Noise(torch.nn.Module):
         return self.a.sqrt() * z_0 + (1 - self.a).sqrt() * torch.randn_like(z_0)
 
 
-def test_eqs_9_to_13_find_the_timestep_of_a_true_diffusion_state(capsys):
+def test_eqs_9_to_13_find_the_timestep_of_a_true_diffusion_state(tmp_path, capsys):
     torch.manual_seed(0)
     z, true = [torch.randn(4, 16, 32, 32) for _ in range(8)], [700, 600, 500, 400, 300, 200, 100, 50]
     measured = oscar.F_sim(torch.nn.ModuleList(map(Noise, true)), z).tolist()
     z_0 = torch.cat(z)
     expected = oscar.G_sim(z_0, torch.randn_like(z_0), alpha_bars()).tolist()
-    mapping = oscar.measure_mapping(measured, expected, alpha_bars())
+    oscar.measure_mapping(measured, expected, alpha_bars(), tmp_path / "mapping.json")
+    mapping = json.loads((tmp_path / "mapping.json").read_text())
     assert [mapping[name]["t"] for name in NAMES] == pytest.approx(true, abs=6)
     said = capsys.readouterr().out
     assert "sqrt(abar_t)" in said and "clamped" not in said
 
 
-def test_a_cosine_that_no_timestep_has_is_named(capsys):
+def test_a_cosine_that_no_timestep_has_is_named(tmp_path, capsys):
     G = alpha_bars().sqrt().tolist()  # 0.9996 to 0.0683
-    mapping = oscar.measure_mapping([0.05, *[0.5] * 6, 0.9999], G, alpha_bars())
+    oscar.measure_mapping([0.05, *[0.5] * 6, 0.9999], G, alpha_bars(), tmp_path / "mapping.json")
+    mapping = json.loads((tmp_path / "mapping.json").read_text())
     assert [mapping[name]["t"] for name in (NAMES[0], NAMES[7])] == [999, 0]
     clamped = [line for line in capsys.readouterr().out.splitlines() if "clamped" in line]
     assert clamped == ["0.0019 bpp: 0.0500 is outside G_sim's 0.0683 to 0.9996: t is clamped to 999",
