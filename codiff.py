@@ -209,7 +209,7 @@ class CODiff(nn.Module):
             self.tokens = nn.Parameter(torch.randn_like(tokens) * 0.02)
         else:
             self.register_buffer("tokens", tokens)
-        self.multiple = max(CaVE.stride, self.sd.multiple)  # both are powers of two
+        self.cell, self.multiple = CaVE.stride, max(CaVE.stride, self.sd.multiple)
 
     def add_lora(self, rank: int) -> CODiff:
         """LoRA on the UNet (all but the time embeddings) and on the VAE encoder, Sec. 3.3. The decoder stays.
@@ -236,7 +236,7 @@ class CODiff(nn.Module):
         return self.sd.x0(z_L, eps, self.sd.alpha_bar[self.T_L])
 
     def forward(self, x_lq: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x_lq (B, 3, H, W) in [-1, 1], sides multiples of `multiple` -> (x_hat, z_hat)."""
+        """x_lq (B, 3, H, W) in [-1, 1], sides multiples of `cell` -> (x_hat, z_hat)."""
         z_L = self.sd.encode(x_lq, noise)
         z_hat = self.denoise(x_lq, z_L)
         # Eq. 2; clamped before the losses (ours)
@@ -375,8 +375,8 @@ def restore(model: CODiff, image: Image.Image, color_fix="adain", tile: int | No
     input's colours is the release's. DIFFERS: it resizes to multiples of 8 and samples the latent; here pad,
     crop, and the mean."""
     x_lq = to_tensor(image)[None]
-    x = pad_to(x_lq, model.multiple)
-    tiles = Tiles(model.sd, x, model.multiple, tile)  # without `tile`, tiles(f, x) is f(x)
+    x = pad_to(x_lq, model.cell)
+    tiles = Tiles(model.sd, x, model.cell, tile, model.multiple)  # without `tile`, tiles(f, x) is f(x)
     z_L = tiles(model.sd.encode, x)
     z_hat = tiles(model.denoise, x, z_L)
     x_hat = tiles(model.sd.decode, z_hat)[:, :, :image.height, :image.width].clamp(-1, 1).float().cpu()

@@ -434,7 +434,8 @@ class MoEDiffIR(nn.Module):
         """`empty` (L, D_text): the empty caption's tokens; `tasks`: how many the small prior tells apart."""
         super().__init__()
         self.base, self.sd, self.cfg = base, SD(base, weights=weights), cfg
-        self.multiple, unet, vae = self.sd.multiple, self.sd.unet.config, self.sd.vae.config
+        self.cell, self.multiple = self.sd.f, self.sd.multiple
+        unet, vae = self.sd.unet.config, self.sd.vae.config
         self.prior = None
         if cfg.prompt == "moe" and cfg.dp != "none":
             self.prior = SmallPrior(tasks) if cfg.dp == "small" else Prior(cfg.dp, weights)
@@ -452,22 +453,19 @@ class MoEDiffIR(nn.Module):
         return c if self.v2t is None else c + self.v2t(x_lq)
 
     def degradation_prior(self, x_lq: Tensor) -> Tensor | None:
-        """dp, the mean over windows that cover x_lq, of the training crop's size: reduced to the prior's input
+        """dp, the mean over windows of the training crop's size that cover x_lq: reduced to the prior's input,
         a larger picture would lose what the codec left in it."""
-        if self.prior is None:
-            return None
-        y_s, x_s = (torch.linspace(0, max(0, n - self.cfg.crop), -(-n // self.cfg.crop)).round().int().tolist()
-                    for n in x_lq.shape[2:])
-        windows = (x_lq[..., y:y + self.cfg.crop, x:x + self.cfg.crop] for y in y_s for x in x_s)
-        return sum(map(self.prior, windows)) / (len(y_s) * len(x_s))
+        size, (H, W) = self.cfg.crop, x_lq.shape[2:]
+        ys, xs = (torch.linspace(0, max(0, n - size), -(-n // size)).round().int() for n in (H, W))
+        windows = [x_lq[..., y:y + size, x:x + size] for y in ys for x in xs]
+        return sum(map(self.prior, windows)) / len(windows) if self.prior else None
 
     def branches(self) -> list[tuple[int, nn.Module]]:
-        """(scale, last layer of a residual branch) where StableSR has SPADE: of the mid block's first ResBlock
-        and of all that lead up."""
-        ups = self.sd.unet.up_blocks
-        resnets = [(len(ups) - 1, self.sd.unet.mid_block.resnets[0])]
-        resnets += [(len(ups) - 1 - i, resnet) for i, up in enumerate(ups) for resnet in up.resnets]
-        return [(i, resnet.conv2) for i, resnet in resnets]
+        """(scale, last layer of a residual branch) where StableSR has SPADE: the mid block's first ResBlock's
+        and those of the up blocks."""
+        up, mid = enumerate(reversed(self.sd.unet.up_blocks)), self.sd.unet.mid_block.resnets[0]
+        scales = [(i, resnet.conv2) for i, block in up for resnet in block.resnets]
+        return [*scales, (scales[-1][0], mid.conv2)]
 
     def modulation(self, features: list[Tensor]) -> ExitStack:
         """Within it skip(h) + branch(h) of these ResBlocks is skip(h) + SPADE(branch(h)) (Sec. 3.4)."""
@@ -566,14 +564,14 @@ def loss_decoder(lpips: nn.Module, x_hat: Tensor, x_hq: Tensor) -> Tensor:
 def stage1(run: Run, cfg: Stage1, benchmark: Benchmark) -> MoEDiffIR:
     """MoE-Prompt Module and Visual2Text adapter, all else frozen, Sec. 3.4. DIFFERS: the paper says "only the
     MoE-Prompt Module", but has no other stage for the adapter and its quality enhancer.
-    DIFFERS with start "lq", the tiny run's: z_t = sqrt(alpha_bar) z_lq at one t*, as restoring in one step has
-    it, and Eq. 2's eps is what makes z_0 that z_t. (One step cannot take out noise that it was given.)"""
+    DIFFERS with start "lq", the tiny run's: z_t = sqrt(alpha_bar) z_lq at one t*, which one step restores, and
+    Eq. 2's eps is what makes z_0 that z_t. (One step cannot take out the noise that it was given.)"""
     torch.manual_seed(run.seed)
     model = MoEDiffIR(run.base, cfg, common.text_tokens(run.base, [""])[0], len(run.config["tasks"]))
     modules = {"UNet": model.sd.unet, "VAE": model.sd.vae, "MoE-Prompt Module": model.module,
                "SPADE": model.spade, "degradation prior": model.prior, "Visual2Text": model.v2t}
     acc = run.start(1, cfg, some_unused=cfg.v2t == "small", **{name: m for name, m in modules.items() if m})
-    pairs = CIRPairs(benchmark, cfg, model.sd.f, run.seed)
+    pairs = CIRPairs(benchmark, cfg, model.cell, run.seed)
     optimizer = torch.optim.Adam(model.parameters(), cfg.lr, betas=(0.9, 0.999))
     model, optimizer = acc.prepare(model, optimizer)
     model.train()
@@ -667,7 +665,7 @@ def stage2(run: Run, cfg: Stage2, benchmark: Benchmark) -> None:
     lpips, name = (FeatureDistance(), "features") if cfg.lpips == "small" else (lpips_vgg(), "lpips")
     acc = run.start(2, cfg, **{"stage 1's model": model, "compensator": compensator})
     acc.print("loss:", "LPIPS-VGG" if name == "lpips" else "random features' distance, not the metric LPIPS")
-    pairs = LatentPairs(benchmark, cfg, sd.f, run.seed + 1, cfg.cache_latents)
+    pairs = LatentPairs(benchmark, cfg, model.cell, run.seed + 1, cfg.cache_latents)
     model.to(acc.device).eval()
     lpips.to(acc.device)
     if cfg.cache_latents:
@@ -712,14 +710,15 @@ def restore(model: MoEDiffIR, image: Image.Image, steps: int, fidelity: float = 
     """One compressed image, any size -> (its restored self, gates (N,) of every scale at the first timestep).
     The noise is the same every time. In tiles the gates are those of the mosaic that stands for all."""
     x_lq = to_tensor(image)[None].to(device())
-    x, dp, c = pad_to(x_lq, model.sd.f), model.degradation_prior(x_lq), model.text(x_lq)
-    tiles = Tiles(model, x, model.sd.f, tile, model.multiple)  # without `tile`, tiles(f, x) is f(x)
+    x, dp, c = pad_to(x_lq, model.cell), model.degradation_prior(x_lq), model.text(x_lq)
+    tiles = Tiles(model, x, model.cell, tile, model.multiple)  # without `tile`, tiles(f, x) is f(x)
     encode = functools.lru_cache(1)(model.encode)  # without `tile`, decoding asks for the same x again
     z_lq = tiles(lambda x: encode(x)[0], x).float()
     noise = torch.randn(z_lq.shape, generator=torch_rng(0)).to(z_lq.device)
-    z_0, gates = model.sample(z_lq, dp, c, steps, noise, tiles)
+    z_0, gates_at = model.sample(z_lq, dp, c, steps, noise, tiles)
     x_hat = tiles(lambda z_0, x: model.decode(z_0, encode(x)[1], fidelity), z_0, x)
-    return to_image(x_hat[0, :, :image.height, :image.width]), [g[0].float().cpu() for g in gates[model.cfg.start_t]]
+    gates = [g[0].float().cpu() for g in gates_at[model.cfg.start_t]]
+    return to_image(x_hat[0, :, :image.height, :image.width]), gates
 
 
 def sampling_options(args, model: MoEDiffIR, steps: list[int]) -> dict:

@@ -276,7 +276,7 @@ class OSCAR(nn.Module):
         self.hyper_encoders = HyperEncoders(cfg, self.sd.vae.config.latent_channels)
         self.prompt = nn.Parameter(torch.zeros(77, self.sd.unet.config.cross_attention_dim))
         self.multiples = [math.lcm(self.sd.f * s, self.sd.multiple) for s in S]
-        self.multiple = max(self.multiples)  # all are powers of two
+        self.cell = self.multiple = max(self.multiples)  # all are powers of two
         self.digest, self.true_norms = b"\0\0", False
 
     def add_lora(self, rank: int) -> OSCAR:
@@ -607,7 +607,7 @@ def compress(model: OSCAR, image: Image.Image, r: int, tile: int | None = None) 
     if max(image.size) > MAX_SIDE:
         raise UserError(f"{image.width} x {image.height} pixels; a file holds {MAX_SIDE} a side")
     x = pad_to(to_tensor(image)[None], model.multiples[r])
-    tiles = Tiles(model.sd, x, model.multiples[r], tile)  # without `tile`, tiles(f, x) is f(x)
+    tiles = Tiles(model.sd, x, model.multiples[r], tile, model.multiple)  # without `tile`, tiles(f, x) is f(x)
     z_0 = tiles(model.sd.encode, x).float().to(model.prompt.device)
     idx = model.hyper_encoders[r].encode(z_0)[0].cpu().numpy()
     return write_file(r, image.size, idx, model.digest, write_norms(z_0) if model.true_norms else b"")
@@ -620,7 +620,8 @@ def decompress(model: OSCAR, data: bytes, tile: int | None = None) -> Image.Imag
     f, device = model.sd.f, model.prompt.device
     rms = read_norms(norms).to(device) if norms else None
     z_tilde = model.hyper_encoders[r].decode(torch.from_numpy(idx)[None].to(device), rms)
-    tiles = Tiles(model.sd, z_tilde, model.multiples[r] // f, tile and tile // f)  # counted in latents
+    align = model.multiples[r] // f
+    tiles = Tiles(model.sd, z_tilde, align, tile and tile // f, align)  # counted in latents
     z_hat = tiles(partial(model.denoise, r=r), z_tilde)
     return to_image(tiles(model.sd.decode, z_hat)[0, :, :height, :width])
 

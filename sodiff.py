@@ -69,7 +69,7 @@ class Stage2(Stage):
     """The one-step generator, its time predictor and its discriminator, Secs. 3.2 and 3.3."""
     #                           tiny run     paper run
     timestep: str        = both("predicted", "predicted", "Table 3; fixed: tau_0", "timestep", TIMESTEPS)
-    tau_0: int           = both(49,          499,         "ours: bell's centre, or fixed tau", most=999)
+    tau_0: int           = both(49,          499,         "ours: fixed tau, or the bell's centre", most=999)
     spread: float        = both(5.0,         0.0,         "ours: of the bell that logits start as; 0: flat")
     widths: tuple        = both((32, 64, 128, 256), (64, 128, 256, 512), "ours: the predictor's blocks")
     highpass: float      = both(8.0,         0.0,         "ours: gain of the filters that it starts with")
@@ -96,9 +96,9 @@ class Stage2(Stage):
 
 
 class JPEGPairs(Crops):
-    """Sample n -> (n, x_lq, x_hq, qf, ...), a crop and its JPEG. With `captions` (stage 1) the caption's ids
-    follow, and where the caption tells the QF at which LLaVA saw the crop, that is the QF. Else (stage 2)
-    x_lq and qf of `qf_crops` further crops of half the size, their QF uniform."""
+    """Sample n -> (n, x_lq, x_hq, qf, ...), a crop and its JPEG. Stage 1: with its caption's ids, mirrored
+    at most, and at the QF at which LLaVA saw the crop, if the caption tells. Stage 2: with x_lq and qf of
+    `qf_crops` further crops of half the size, their QF uniform."""
 
     def __init__(self, folders, cfg: Stage1 | Stage2, multiple: int, seed: int):
         cfg.check_crop(multiple)
@@ -185,16 +185,16 @@ class SharedEncoder(nn.Module):
 
 
 class ReconstructionDecoder(nn.Module):
-    """D_up. OURS: one RSTB of two layers; it predicts what is to be added to I_L."""
+    """D_up. OURS: one RSTB of two layers."""
 
     def __init__(self, c: int, heads: int):
         super().__init__()
         self.body, self.norm = RSTB(c, heads, 2), nn.LayerNorm(c)
         self.tail = nn.Sequential(nn.Conv2d(c, 48, 3, padding=1), nn.PixelShuffle(4))
 
-    def forward(self, f_mid: Tensor, x_lq: Tensor) -> Tensor:
+    def forward(self, f_mid: Tensor) -> Tensor:
         f = self.norm(self.body(f_mid).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return x_lq + self.tail(f)
+        return self.tail(f)
 
 
 def orthogonal_features(m: int, d: int) -> Tensor:
@@ -265,6 +265,8 @@ class GuidanceEmbedder(nn.Module):
 class SAIPE(nn.Module):
     """Semantic-aligned image prompt extractor, Fig. 2, as stage 1 trains it."""
 
+    stride = 32  # a window of E_down's: 8 features of 4 pixels each
+
     def __init__(self, cfg: Stage1, tokens: int, d_text: int):
         super().__init__()
         self.E_down = SharedEncoder(cfg.width, cfg.heads, cfg.depth)
@@ -272,10 +274,10 @@ class SAIPE(nn.Module):
         self.D_up = ReconstructionDecoder(cfg.width, cfg.heads)
 
     def forward(self, x_lq: Tensor) -> tuple[Tensor, Tensor]:
-        """(I_rec (B, 3, H, W), e_img (B, tokens, d_text)); sides of x_lq are multiples of 4."""
+        """(I_rec (B, 3, H, W), e_img (B, tokens, d_text)); sides of x_lq are multiples of `stride`."""
         # Eq. 1
         f_mid = self.E_down(x_lq)
-        return self.D_up(f_mid, x_lq), self.T_align(f_mid)
+        return self.D_up(f_mid), self.T_align(f_mid)
 
 
 # -------------------------------------------------------------------------- time predictor, Sec. 3.3
@@ -297,7 +299,7 @@ class ResidualBlock(nn.Module):
 class TimePredictor(nn.Module):
     """I_L (B, 3, H, W) in [-1, 1] -> (QF_pred (B,), logits (B, T_max)): four residual blocks, shared average
     pooling and two linear branches. OURS: the logits start the same for all images, all zero
-    (tau = (T_max - 1) / 2), or with `spread` as a bell of that deviation around tau_0."""
+    (tau = (T_max - 1) / 2 but for Gumbel noise), or with `spread` as a bell of that deviation about tau_0."""
 
     def __init__(self, widths: tuple[int, ...], T_max: int, tau_0: int, spread: float, highpass: float):
         super().__init__()
@@ -355,7 +357,7 @@ class SODiff(nn.Module):
         super().__init__()
         self.base, self.tau_0, self.sd = base, cfg.tau_0, SD(base, weights=weights)
         self.E_down, self.T_align = E_down.requires_grad_(False), T_align.requires_grad_(False)
-        self.multiple, self.predictor = self.sd.multiple, None
+        self.cell, self.multiple, self.predictor = SAIPE.stride, max(SAIPE.stride, self.sd.multiple), None
         T_max = len(self.sd.alpha_bar)
         if cfg.timestep == "predicted":
             self.predictor = TimePredictor(cfg.widths, T_max, cfg.tau_0, cfg.spread, cfg.highpass)
@@ -381,7 +383,7 @@ class SODiff(nn.Module):
         return self.sd.x0(z_L, eps, alpha_bar_at(self.sd.alpha_bar, tau))
 
     def forward(self, x_lq: Tensor, noise: Tensor, g: Tensor, x_more: Tensor) -> tuple[Tensor, ...]:
-        """x_lq, sides multiples of `multiple` -> (x_hat, z_hat, e_img, QF_pred of x_lq and x_more, tau)."""
+        """x_lq, sides multiples of `cell` -> (x_hat, z_hat, e_img, QF_pred of x_lq and x_more, tau)."""
         e_img, qf_hat, tau = self.condition(x_lq, g)
         if self.predictor and len(x_more):
             qf_hat = torch.cat([qf_hat, self.predictor(x_more)[0].float()])
@@ -481,7 +483,7 @@ def stage1(run: Run, cfg: Stage1) -> None:
     """SAIPE: reconstruction, and alignment with the caption's embedding by the base's own text encoder,
     Sec. 3.1. With lambda_align = 0 (Table 2) T_align waits for stage 2, and no captions are needed."""
     from transformers import CLIPTextModel, CLIPTokenizer
-    pairs, captions = JPEGPairs(run.data, cfg, 8, run.seed), read_captions(run.data)
+    pairs, captions = JPEGPairs(run.data, cfg, SAIPE.stride, run.seed), read_captions(run.data)
     if cfg.lambda_align and not captions:
         raise UserError(f"{run.data[0]}: no captions.jsonl, which L_align needs; make one with "
                         "`python -m data.caption`, or train with --lambda-align 0")
@@ -491,7 +493,8 @@ def stage1(run: Run, cfg: Stage1) -> None:
     saipe = SAIPE(cfg, tokenizer.model_max_length, encoder.config.hidden_size)
     saipe.T_align.requires_grad_(cfg.lambda_align > 0)
     acc = run.start(1, cfg, E_down=saipe.E_down, T_align=saipe.T_align, D_up=saipe.D_up, text_encoder=encoder)
-    pairs.captions = tokenized(captions, pairs.files, tokenizer)
+    # a caption, "on the left", need not fit a turned crop
+    pairs.captions, pairs.turns = tokenized(captions, pairs.files, tokenizer), 1
     saipe, optimizer = acc.prepare(saipe, torch.optim.Adam(saipe.parameters(), cfg.lr))
     encoder.to(acc.device)
     for step, (n, x_lq, x_hq, _, ids) in run.loop(pairs, {"saipe": saipe}, {"adam": optimizer}):
@@ -593,8 +596,8 @@ def load(weights: Path, base: str | None = None) -> SODiff:
 def restore(model: SODiff, image: Image.Image, tile: int | None = None) -> tuple:
     """One JPEG-compressed image, any size -> (its restored self, predicted QF or None, timestep): one UNet
     call, no noise drawn. e_img, QF and tau are the whole picture's, or of patches that stand for it."""
-    x = pad_to(to_tensor(image)[None], model.multiple)
-    tiles = Tiles(model.sd, x, model.multiple, tile)  # without `tile`, tiles(f, x) is f(x)
+    x = pad_to(to_tensor(image)[None], model.cell)
+    tiles = Tiles(model.sd, x, model.cell, tile, model.multiple)  # without `tile`, tiles(f, x) is f(x)
     e_img, qf_hat, tau = model.condition(tiles.mosaic(x))
     z_L = tiles(model.sd.encode, x)
     z_hat = tiles(lambda z: model.denoise(z, e_img, tau), z_L)

@@ -312,7 +312,7 @@ def refuse_to_wait(caches: Caches, tasks: list[Task]) -> None:
                        "--codecs", *map(":".join, wanted)]
             commands.append(shlex.join(command))
     if commands:
-        raise UserError(f"--data: before several processes train, make the benchmark: {' && '.join(commands)}")
+        raise UserError(f"--data: make the benchmark before several processes train: {' && '.join(commands)}")
 
 
 def complete(caches: Caches, tasks: list[Task]) -> None:

@@ -127,6 +127,8 @@ class Crops(torch.utils.data.Dataset):
     Everything about sample n is a function of (seed, n): the photograph (a new permutation each epoch), the
     corner, the view. An unreadable photograph is named once and its successor taken, a small one mirrored."""
 
+    turns = 4  # quarter turns that a view may have; 1: none
+
     def __init__(self, folders: list[str | Path], size: int, seed: int):
         self.files, self.size, self.seed, self.unreadable = list_images(folders), size, seed, set()
         if not any(self.read(f) is not None for f in self.files):
@@ -157,7 +159,7 @@ class Crops(torch.utils.data.Dataset):
         """Sample n's view of its photograph (or of another picture of the same size)."""
         r = rng(self.seed, 1, n)
         y, x = (r.integers(side - self.size + 1) for side in photo.shape[:2])
-        a = np.rot90(photo[y:y + self.size, x:x + self.size], r.integers(4))
+        a = np.rot90(photo[y:y + self.size, x:x + self.size], r.integers(self.turns))
         return a[:, ::-1] if r.random() < 0.5 else a
 
     def crop(self, n: int) -> np.ndarray:
@@ -185,9 +187,11 @@ class Tiles:
     longer grows with the image. GroupNorm would normalise each window by its own statistics, in steps of
     brightness; so a mosaic of patches from all over the image goes through first and sets them for all."""
 
-    def __init__(self, networks: nn.Module, x: Tensor, multiple: int, tile: int | None):
-        self.rows, self.cols = (n // multiple for n in x.shape[2:])  # the image in cells of `multiple` pixels
-        self.size = tile // multiple if tile else max(self.rows, self.cols)
+    def __init__(self, networks: nn.Module, x: Tensor, cell: int, tile: int | None, align: int):
+        """x's sides are multiples of `cell` pixels. Windows begin at multiples of `align`, as the networks'
+        own strides do; the last may be smaller."""
+        self.rows, self.cols = (n // cell for n in x.shape[2:])  # from here on all is counted in cells
+        self.size, self.step = tile // cell if tile else max(self.rows, self.cols), align // cell
         self.norms = [m for m in networks.modules() if isinstance(m, nn.GroupNorm)]
         self.device = next(networks.parameters()).device
 
@@ -195,21 +199,21 @@ class Tiles:
         if max(self.rows, self.cols) <= self.size:
             return stage(*(m.to(self.device) for m in maps))
         whole = self.rows, self.cols
-        with fixed_norms(self.norms, whole, [min(n, self.size) for n in whole]):
+        with fixed_norms(self.norms, whole, [len(self.picked(n)) for n in whole]):
             stage(*map(self.mosaic, maps))
             return self.windows(stage, maps)
 
     def windows(self, stage, maps) -> Tensor:
         out = total = None
-        for top in starts(self.rows, self.size):
-            for left in starts(self.cols, self.size):
+        for top in starts(self.rows, self.size, self.step):
+            for left in starts(self.cols, self.size, self.step):
                 part = stage(*(self.cut(m, top, left).to(self.device) for m in maps)).float().cpu()
                 if out is None:
                     px = part.shape[2] // min(self.rows, self.size)  # of the output, a cell
                     out = part.new_zeros(*part.shape[:2], self.rows * px, self.cols * px)
                     total = torch.zeros_like(out[:, :1])
-                    bell = (torch.hann_window(n + 2, periodic=False)[1:-1] for n in part.shape[2:])
-                    weight = torch.outer(*bell)
+                bell = (torch.hann_window(n + 2, periodic=False)[1:-1] for n in part.shape[2:])
+                weight = torch.outer(*bell)
                 self.cut(out, top, left).add_(part * weight)
                 self.cut(total, top, left).add_(weight)
         return out / total
@@ -218,21 +222,27 @@ class Tiles:
         px = m.shape[2] // self.rows
         return m[..., top * px:(top + self.size) * px, left * px:(left + self.size) * px]
 
+    def picked(self, cells: int) -> Tensor:
+        """Evenly spread patches of a side, an eighth of a tile each, that fill a tile; or all of them."""
+        if cells <= self.size:
+            return torch.arange(cells)
+        patch = max(1, self.size // self.step // 8) * self.step
+        first = torch.linspace(0, (cells - patch) // self.step, self.size // patch).round().long() * self.step
+        return (first[:, None] + torch.arange(patch)).flatten()
+
     def mosaic(self, m: Tensor) -> Tensor:
-        """Evenly spread patches, an eighth of a tile each, that fill a tile; or all, if the map fits one."""
-        def positions(cells, px):
-            patch = max(1, self.size // 8) if cells > self.size else cells
-            first = torch.linspace(0, cells - patch, min(cells, self.size) // patch).round().long()
-            picked = (first[:, None] + torch.arange(patch)).flatten()
-            return (px * picked[:, None] + torch.arange(px)).flatten()
+        """What stands for the whole map, and is no larger than a tile."""
         px = m.shape[2] // self.rows
-        return m[:, :, positions(self.rows, px)][..., positions(self.cols, px)].to(self.device)
+        rows, cols = ((px * self.picked(n)[:, None] + torch.arange(px)).flatten()
+                      for n in (self.rows, self.cols))
+        return m[:, :, rows][..., cols].to(self.device)
 
 
-def starts(cells: int, size: int) -> list[int]:
+def starts(cells: int, size: int, step: int) -> list[int]:
     """First cells of windows of `size` cells that cover 0..cells evenly, overlapping by a quarter or more."""
-    gaps = max(0, math.ceil((cells - size) / (size - max(1, size // 4))))
-    return [round(i * (cells - size) / gaps) for i in range(gaps + 1)] if gaps else [0]
+    last = math.ceil((cells - size) / step)  # in steps, of which all begin at a whole one
+    gaps = max(0, math.ceil(last * step / (size - max(step, size // 4))))
+    return [round(i * last / gaps) * step for i in range(gaps + 1)] if gaps else [0]
 
 
 @contextmanager
@@ -240,15 +250,17 @@ def fixed_norms(norms: list[nn.GroupNorm], whole: list[int], mosaic: list[int]):
     """Within it every GroupNorm keeps its first call's statistics, as a BatchNorm. That call sees the mosaic,
     of so many rows and columns of cells, for the whole. Zero padding sets a map's border apart from its
     inside, and a small map has more border: each pixel of its inside counts for as many as the whole has."""
-    def share(n, stretch):
+    def share(n, of, seen):
         border, weight = n // 16, torch.ones(n)
-        weight[border:n - border] = (n * stretch - 2 * border) / (n - 2 * border)
+        weight[border:n - border] = (n * of / seen - 2 * border) / (n - 2 * border)
         return weight / weight.sum()
 
     def forward(norm, x):
         if norm not in kept:
-            px = math.isqrt(x[0, 0].numel() // math.prod(mosaic))  # of this map, a cell; x may be (1, C, L)
-            shares = (share(px * n, all_n / n) for n, all_n in zip(mosaic, whole))
+            sides = x.shape[2:]
+            if len(sides) == 1:  # (1, C, L), as in the VAE's attention
+                sides = [n * math.isqrt(sides[0] // math.prod(mosaic)) for n in mosaic]
+            shares = (share(n, *stretch) for n, *stretch in zip(sides, whole, mosaic))
             weight = torch.outer(*shares).flatten().to(x.device)
             groups = x.float().unflatten(1, (norm.num_groups, -1)).flatten(3)
             mean = (groups * weight).sum(3).mean(2)[0]

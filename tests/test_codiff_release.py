@@ -96,6 +96,16 @@ def test_restore_takes_a_converted_run(run, tmp_path):
     assert Image.open(tmp_path / "b.png").size == (280, 80)
 
 
+@pytest.mark.parametrize("height, width", [(64, 96), (160, 32)])
+def test_restore_pads_no_further_than_cave_needs(run, height, width):
+    """The UNet's three strides would ask for multiples of 64; the release runs it on any latent, and so do we."""
+    G = codiff.load(run)
+    photo = Image.open(ROOT / "data" / "photos" / "val" / "chelsea.png").crop((100, 20, 100 + width, 20 + height))
+    with torch.inference_mode():
+        plain = codiff.to_image(G(codiff.to_tensor(photo)[None])[0][0])
+    assert G.multiple == 64 and np.array_equal(codiff.restore(G, photo, "none"), plain)
+
+
 def test_caves_decoder_is_left_out(run):
     cave, x = codiff.load_cave(run), torch.rand(1, 3, 64, 64)
     assert not cave(x)[1].any() and cave.encode(x)[0].any()

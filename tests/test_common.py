@@ -220,10 +220,18 @@ def test_psnr_b_is_psnr_without_blocks_and_lower_with_them():
 @pytest.mark.parametrize("cells, size", [(5, 16), (16, 16), (17, 16), (29, 16), (30, 16), (31, 16), (128, 16),
                                          (9, 4), (157, 8)])
 def test_windows_cover_everything_and_overlap(cells, size):
-    firsts = starts(cells, size)
+    firsts = starts(cells, size, 1)
     covered = {i for first in firsts for i in range(first, first + size)}
     assert covered >= set(range(cells)) and max(firsts) == max(0, cells - size)
     assert all(0 < b - a <= size - size // 4 for a, b in zip(firsts, firsts[1:]))
+
+
+@pytest.mark.parametrize("cells, size, step", [(65, 64, 8), (127, 64, 8), (130, 64, 8), (1000, 72, 8), (33, 32, 8), (49, 16, 4)])
+def test_windows_begin_where_the_networks_strides_do(cells, size, step):
+    firsts = starts(cells, size, step)
+    assert firsts[0] == 0 and all(first % step == 0 for first in firsts)
+    assert all(step <= b - a <= size - size // 4 + step for a, b in zip(firsts, firsts[1:]))
+    assert cells <= firsts[-1] + size < cells + step  # the last one is cut by less than a stride
 
 
 def test_tiling_a_pointwise_network_is_exact_at_every_scale():
@@ -233,13 +241,38 @@ def test_tiling_a_pointwise_network_is_exact_at_every_scale():
         z = tiles(lambda x: torch.nn.functional.avg_pool2d(network(x), 4), x)
         return tiles(lambda z, x: torch.nn.functional.interpolate(z, scale_factor=4) * network(x), z, x)
     with torch.no_grad():
-        whole, parts = Tiles(network, x, 8, None), Tiles(network, x, 8, 64)
+        whole, parts = Tiles(network, x, 8, None, 16), Tiles(network, x, 8, 64, 16)
         assert torch.allclose(both_stages(whole), both_stages(parts), atol=1e-5)
         assert torch.equal(whole.mosaic(x), x)
         mosaic = parts.mosaic(x)
     assert mosaic.shape == (1, 3, 64, 40)
     assert set(mosaic[0, 0].flatten().tolist()) <= set(x[0, 0].flatten().tolist())  # the image's own patches
-    assert torch.equal(mosaic[0, :, :8], x[0, :, :8]) and torch.equal(mosaic[0, :, -8:], x[0, :, -8:])
+    assert torch.equal(mosaic[0, :, :16], x[0, :, :16])
+    assert torch.equal(mosaic[0, :, -16:], x[0, :, -24:-8])  # patches begin at whole strides as well
+
+
+@pytest.mark.parametrize("height, width, tile", [(8 * 37, 8 * 21, 128), (8 * 5, 8 * 43, 192), (8 * 40, 8 * 40, 288)])
+def test_tiles_of_any_size_meet_a_network_with_strides(height, width, tile):
+    """A network whose output hangs on its grid: windows that begin elsewhere would not agree with the whole. Its maps
+    are smaller than a cell, and one is flat, as in the VAE's attention."""
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = torch.nn.ModuleList(torch.nn.GroupNorm(2, 4) for _ in range(3))
+
+        def forward(self, x):
+            z = self.norms[0](torch.nn.functional.avg_pool2d(x, 8))
+            z = z + self.norms[1](z.flatten(2)).view_as(z)
+            small = torch.nn.functional.max_pool2d(z, 2, ceil_mode=True)
+            return z + torch.nn.functional.interpolate(self.norms[2](small), scale_factor=2)[..., :z.shape[2], :z.shape[3]]
+
+    torch.manual_seed(0)
+    network, x = Network(), torch.randn(1, 4, height // 8, width // 8).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    with torch.no_grad():
+        whole, parts, astray = (Tiles(network, x, 8, t, align)(network, x) for t, align in ((None, 16), (tile, 16), (tile, 8)))
+    assert parts.shape == whole.shape
+    error, without_grid = ((p - whole).abs().mean() / whole.std() for p in (parts, astray))
+    assert error < 0.06 and error < 0.6 * without_grid  # what is left: statistics of a sample
 
 
 def test_fixed_norms_keep_the_first_calls_statistics():

@@ -110,13 +110,14 @@ def test_saipe_has_the_papers_shapes():
     assert [layer.attn.shift_size for layer in saipe.E_down.body[0].swin] == [[0, 0], [4, 4]] * 3
 
 
-def test_reconstruction_is_residual_and_tokens_differ():
+def test_eq_1_sees_the_picture_through_f_mid_alone_and_tokens_differ():
     saipe = SAIPE(SMALL, 77, 96)
-    torch.nn.init.zeros_(saipe.D_up.tail[0].weight)
-    torch.nn.init.zeros_(saipe.D_up.tail[0].bias)
-    x = torch.rand(2, 3, 40, 72) * 2 - 1  # windows of 8 do not fit 10 x 18
+    x = torch.rand(2, 3, 64, 96) * 2 - 1
     x_rec, e_img = saipe(x)
-    assert torch.equal(x_rec, x) and e_img[0].std(0).mean() > 1e-3
+    assert x_rec.shape == x.shape and torch.equal(x_rec, saipe.D_up(saipe.E_down(x)))
+    blind = saipe.D_up(torch.zeros_like(saipe.E_down(x)))
+    assert torch.equal(blind[0], blind[1]) and not torch.equal(x_rec[0], x_rec[1])
+    assert e_img[0].std(0).mean() > 1e-3
 
 
 def test_stage1_losses_move_their_branches():
@@ -369,6 +370,24 @@ def test_captions_meet_their_images(tmp_path, capsys):
         assert torch.equal(x_lq, common.to_tensor(common.jpeg(common.to_image(x_hq), int(qf))))
     sodiff.tokenized({folder / "cat.png": {"caption": orange}}, [folder / "cat.png"], tokenizer)
     assert "1 cut to 77 tokens" in capsys.readouterr().err
+
+
+def test_a_captioned_crop_is_mirrored_and_never_turned(tmp_path):
+    """A picture that is dark above and bright below stays so: its caption says so."""
+    Image.linear_gradient("L").convert("RGB").save(tmp_path / "dusk.png")
+    pairs = JPEGPairs([tmp_path], Stage1(crop=64), 32, 0)
+
+    def ways(numbers):
+        crops = [pairs[n][2].mean(0) for n in numbers]
+        return {"down" if c[-1].mean() > c[0].mean() + 0.1 else "else" for c in crops}
+    pairs.captions = {tmp_path / "dusk.png": {"ids": torch.zeros(77)}}
+    assert ways(range(24)) == {"down", "else"}  # as in stage 2
+    pairs.turns = 1
+    assert ways(range(24)) == {"down"}
+    Image.linear_gradient("L").rotate(90).convert("RGB").save(tmp_path / "dusk.png")
+    pairs = JPEGPairs([tmp_path], Stage1(crop=64), 32, 0)
+    pairs.captions, pairs.turns = {tmp_path / "dusk.png": {"ids": torch.zeros(77)}}, 1
+    assert len({bool(c[:, 0].mean() > c[:, -1].mean()) for c in (pairs[n][2].mean(0) for n in range(24))}) == 2
 
 
 def test_quality_factors_cover_their_range():

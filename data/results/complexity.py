@@ -65,7 +65,7 @@ def print_counts(build, parts, size: tuple[int, int], steps: tuple[int, ...]) ->
     build(lora) -> model; parts(model, x) -> {name: (modules, call)}."""
     with torch.device("meta"):
         lora, fused = build(True), build(False)
-        width, height = (n + -n % fused.multiple for n in size)  # restoring pads
+        width, height = (n + -n % fused.cell for n in size)  # restoring pads
         x, rows, full = torch.empty(1, 3, height, width), [], {}
         for (name, (modules, call)), (bare, plain) in zip(parts(lora, x).items(), parts(fused, x).values()):
             parameters, full[name] = sum(map(count, bare)), macs(plain)[1]
@@ -91,7 +91,7 @@ def print_times(build, parts, size: tuple[int, int], steps: tuple[int, ...], ful
     where = device()
     with torch.inference_mode():
         model = common.for_inference(build(False))
-        width, height = (n + -n % model.multiple for n in size)
+        width, height = (n + -n % model.cell for n in size)
         calls = parts(model, torch.rand(1, 3, height, width, device=where))
         timings = {name: (seconds(call), full[name])
                    for name, (_, call) in tqdm(calls.items(), "timing", leave=False, disable=None)}
@@ -182,7 +182,7 @@ def print_hyper_encoders(oscar, build, size: tuple[int, int]) -> None:
     """Parameters and MACs of every hyper-encoder, and the parameters of all else."""
     with torch.device("meta"):
         G, rows = build(True), []
-        x = torch.empty(1, 3, *(n + -n % G.multiple for n in size[::-1]))
+        x = torch.empty(1, 3, *(n + -n % G.cell for n in size[::-1]))
         for r, Q in enumerate(G.hyper_encoders):
             calls = oscar_parts(G, x, r)
             each = [macs(calls[f"{phase}: hyper-encoder"][1])[1] / 1e9 for phase in ("encode", "decode")]

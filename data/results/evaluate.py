@@ -178,9 +178,9 @@ def compare(files: list[Path], conditions: dict, restore: dict, base, metrics: M
             drawn: list[str] | None = None, keep=None) -> dict:
     """Restores every file under every condition and averages the metrics over the files.
 
-    conditions: {name: degrade(image, file) -> image or None}; restore: {row: restore(image) -> image}. Prints a table
-    a condition, draws `picture` of the conditions `drawn` (the first) and returns {condition: {row: {metric:
-    mean}}}. Rows: the degraded input; the same blurred, which any method must beat; through the VAE and back;
+    conditions: {name: degrade(image, file) -> image, or None where it is not of this file}; restore: {row:
+    restore(image) -> image}. Prints a table a condition, draws `picture` of the conditions `drawn` (the first)
+    and returns {condition: {row: {metric: mean}}}. Rows: the degraded input; the same blurred, which any method must beat; through the VAE and back;
     restored; the original through the VAE. What cannot be read or degraded is named and left out.
     keep(condition, row, file, image) sees every picture."""
     sd, drawn, strips = SD(base, with_unet=False).to(device()), drawn or list(conditions)[:1], []
@@ -251,7 +251,7 @@ def evaluate_jpeg(script, args) -> None:
 def prompts(model, images: list[Image.Image]) -> Tensor:
     """SODiff's e_img (N, 77, D_text) of pictures."""
     dtype = model.T_align.queries.dtype
-    x = (pad_to(to_tensor(image)[None], 8).to(device(), dtype) for image in images)
+    x = (pad_to(to_tensor(image)[None], model.cell).to(device(), dtype) for image in images)
     return torch.cat([model.T_align(model.E_down(x_lq)) for x_lq in x]).float().cpu()
 
 
@@ -294,7 +294,7 @@ def predictions(model, files: list[Path], qfs: list[int]) -> tuple[Tensor, Tenso
     """SODiff's predicted QF and timestep (len(qfs), len(files)) of every file's JPEGs."""
     out, photos = [], read_all(files)
     for qf in tqdm(qfs, "predicted QF", leave=False, disable=None):
-        x = (pad_to(to_tensor(jpeg(photo, qf))[None], 32) for photo in photos)
+        x = (pad_to(to_tensor(jpeg(photo, qf))[None], model.cell) for photo in photos)
         seen = (model.condition(x_lq.to(device()))[1:] for x_lq in x)
         out.append([(qf_hat.item(), tau.item()) for qf_hat, tau in seen])
     return torch.tensor(out).unbind(-1)
@@ -476,7 +476,7 @@ def print_latent_errors(model, data: list[Path], tasks: list[tuple[str, str]]) -
     errors = {task: torch.zeros(2) for task in first}
     for file, image in readable(list_images(data)):
         def tensor(picture):
-            return pad_to(to_tensor(picture.crop(centre(picture.size, 256)))[None], model.sd.f).to(device())
+            return pad_to(to_tensor(picture.crop(centre(picture.size, 256)))[None], model.cell).to(device())
         z_hq = model.encode(tensor(image))[0].float()
         noise = torch.randn(z_hq.shape, generator=torch.Generator().manual_seed(0)).to(z_hq.device)
         for task in first:
@@ -567,9 +567,9 @@ def main(name: str, argv: list[str]) -> None:
         p.add_argument("--codecs", nargs="+", metavar="CODEC[:LEVEL]",
                        help="as vvc (all three levels) or vvc:52 (default: those it was trained on)")
         p.add_argument("--lowest", action="store_true", help="only the lowest levels, as after training")
-        p.add_argument("--pairs", nargs=2, type=Path, action="append", default=[], metavar=("LQ_DIR", "HQ_DIR"),
-                       help="pictures that another program compressed, and their originals; once a task, and "
-                            "with --codecs beside those")
+        p.add_argument("--pairs", nargs=2, type=Path, action="append", default=[],
+                       metavar=("LQ_DIR", "HQ_DIR"), help="pictures that another program compressed, and their "
+                       "originals, once for each --task; in the place of --codecs' unless those are given too")
         p.add_argument("--task", action="append", default=[], metavar="CODEC:LEVEL",
                        help="what --pairs holds, as hific:low")
     EVALUATE[name](script, p.parse_args(argv))

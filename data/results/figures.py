@@ -223,7 +223,7 @@ def oscar_figures(oscar, args) -> None:
     header = read_json(args.weights / "config.json")
     table = read_json(args.weights / "model" / "mapping.json")
     with torch.inference_mode():
-        x = (pad_to(to_tensor(photo)[None], model.multiple) for photo in read_all(list_images(args.data)))
+        x = (pad_to(to_tensor(photo)[None], model.cell) for photo in read_all(list_images(args.data)))
         z = [model.sd.encode(x_hq.to(device())).float() for x_hq in x]
     torch.manual_seed(header["seed"])
     untrained = oscar.HyperEncoders(oscar.Stage1.read(header), z[0].shape[1]).to(device())
@@ -265,7 +265,7 @@ def oscar_figures(oscar, args) -> None:
 def gates_of(model, image: Image.Image) -> list[Tensor]:
     """Gates (N,) of every scale for a picture, at the timestep where sampling starts."""
     x_lq = to_tensor(image)[None].to(device())
-    z_lq, _ = model.encode(pad_to(x_lq, model.sd.f))
+    z_lq, _ = model.encode(pad_to(x_lq, model.cell))
     t = torch.full((1,), model.cfg.start_t, device=x_lq.device)
     return [g[0].float().cpu() for g in model.module(z_lq, t, model.degradation_prior(x_lq))[1]]
 
