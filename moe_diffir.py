@@ -106,7 +106,6 @@ class Stage2(Stage):
     def __post_init__(self):
         super().__post_init__()
         check("--s2-levels", self.levels, 1, 4)
-        check("--cache-latents", self.cache_latents, 0, 10**9)
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -420,12 +419,6 @@ def diffuse(z: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     return a.sqrt() * z + (1 - a).sqrt() * noise
 
 
-def eps_between(z_0: Tensor, z_lq: Tensor, alpha_bar: Tensor) -> Tensor:
-    """eps* = (z_t - sqrt(alpha_bar) z_0) / sqrt(1 - alpha_bar) of z_t = sqrt(alpha_bar) z_lq."""
-    a = alpha_bar.view(-1, 1, 1, 1)
-    return (a / (1 - a)).sqrt() * (z_lq - z_0)
-
-
 class MoEDiffIR(nn.Module):
     """Frozen Stable Diffusion, the modules that stage 1 trains around it, stage 2's compensator, if any."""
 
@@ -453,8 +446,8 @@ class MoEDiffIR(nn.Module):
         return c if self.v2t is None else c + self.v2t(x_lq)
 
     def degradation_prior(self, x_lq: Tensor) -> Tensor | None:
-        """dp, the mean over windows of the training crop's size that cover x_lq: reduced to the prior's input,
-        a larger picture would lose what the codec left in it."""
+        """dp, the mean over windows of the training crop's size that cover x_lq: reduced to the prior's input
+        a larger picture would lose what a codec left in it."""
         size, (H, W) = self.cfg.crop, x_lq.shape[2:]
         ys, xs = (torch.linspace(0, max(0, n - size), -(-n // size)).round().int() for n in (H, W))
         windows = [x_lq[..., y:y + size, x:x + size] for y in ys for x in xs]
@@ -520,10 +513,6 @@ class MoEDiffIR(nn.Module):
         with forward_hooks(*((layer, lambda _, args, h: features.append(h)) for layer in last_layers)):
             return self.sd.encode(x, noise), features
 
-    def decode(self, z_0: Tensor, features: list[Tensor], w: float = 1.0) -> Tensor:
-        """x_hat of z_0, compensated with weight w by the encoder's features of x_lq; at w = 0 plain."""
-        return self.compensator(self.sd, z_0, features, w) if w else self.sd.decode(z_0)
-
 
 # ------------------------------------------------------------------------------------------- losses
 
@@ -564,7 +553,7 @@ def loss_decoder(lpips: nn.Module, x_hat: Tensor, x_hq: Tensor) -> Tensor:
 def stage1(run: Run, cfg: Stage1, benchmark: Benchmark) -> MoEDiffIR:
     """MoE-Prompt Module and Visual2Text adapter, all else frozen, Sec. 3.4. DIFFERS: the paper says "only the
     MoE-Prompt Module", but has no other stage for the adapter and its quality enhancer.
-    DIFFERS with start "lq", the tiny run's: z_t = sqrt(alpha_bar) z_lq at one t*, which one step restores, and
+    DIFFERS with start "lq", the tiny run's: z_t = sqrt(alpha_bar) z_lq at one t*, which one step restores;
     Eq. 2's eps is what makes z_0 that z_t. (One step cannot take out the noise that it was given.)"""
     torch.manual_seed(run.seed)
     model = MoEDiffIR(run.base, cfg, common.text_tokens(run.base, [""])[0], len(run.config["tasks"]))
@@ -585,8 +574,8 @@ def stage1(run: Run, cfg: Stage1, benchmark: Benchmark) -> MoEDiffIR:
             t = n.new_tensor([rng(run.seed, 5, i).integers(cfg.t_max + 1) for i in n.tolist()])
             eps = noise_for(n, shape, run.seed, 6)
             if cfg.start == "lq":
-                t = torch.full_like(n, cfg.start_t)
-                eps = eps_between(z_0, z_lq, sd.alpha_bar[t])
+                t, a = torch.full_like(n, cfg.start_t), sd.alpha_bar[cfg.start_t]
+                eps = (a / (1 - a)).sqrt() * (z_lq - z_0)  # (z_t - sqrt(a) z_0) / sqrt(1 - a)
             z_t = diffuse(z_0, eps, sd.alpha_bar[t])
             eps_hat, gates, guess = model(z_t, t, z_lq, x_lq, noise_for(n, router_shape, run.seed, 7))
             terms = {"sd": loss_sd(eps_hat, eps)}
@@ -639,15 +628,14 @@ def make_latents(model: MoEDiffIR, cfg: Stage2, n: Tensor, x_lq: Tensor, seed: i
 def cache_latents(run: Run, cfg: Stage2, model: MoEDiffIR, pairs: LatentPairs) -> Path:
     """The file of the first cfg.cache_latents samples' z_0. A row that is not made yet is NaN, so that a run
     killed at any moment goes on where it was; the name says what rows depend on beside the run."""
-    settings = "-".join(map(str, (cfg.cache_latents, cfg.crop, cfg.sampling)))
-    path, acc, batch = run.folder / "latents" / f"{settings}.npy", run.acc, cfg.batch
+    acc, path = run.acc, run.folder / "latents" / f"{cfg.cache_latents}-{cfg.crop}-{cfg.sampling}.npy"
     if run.main and not path.exists():
         unmade = np.full((cfg.cache_latents, *model.sd.latent_shape(cfg.crop)), np.nan, np.float32)
         common.atomic(path, lambda tmp: np.save(tmp, unmade))
     acc.wait_for_everyone()
     z_0 = np.load(path, mmap_mode="r+")
-    own = range(acc.process_index * batch, len(z_0), acc.num_processes * batch)
-    todo = [[*range(i, min(i + batch, len(z_0)))] for i in own if np.isnan(z_0[i:i + batch]).any()]
+    own = torch.arange(len(z_0)).split(cfg.batch)[acc.process_index::acc.num_processes]
+    todo = [rows for rows in map(Tensor.tolist, own) if np.isnan(z_0[rows]).any()]
     loader = torch.utils.data.DataLoader(pairs, batch_sampler=todo, num_workers=cfg.workers,
                                          worker_init_fn=common.leave_ctrl_c_to_the_parent)
     for n, x_lq, _, _ in tqdm(loader, "latents", unit="batch", disable=None if run.main else True):
@@ -716,7 +704,7 @@ def restore(model: MoEDiffIR, image: Image.Image, steps: int, fidelity: float = 
     z_lq = tiles(lambda x: encode(x)[0], x).float()
     noise = torch.randn(z_lq.shape, generator=torch_rng(0)).to(z_lq.device)
     z_0, gates_at = model.sample(z_lq, dp, c, steps, noise, tiles)
-    x_hat = tiles(lambda z_0, x: model.decode(z_0, encode(x)[1], fidelity), z_0, x)
+    x_hat = tiles(lambda z_0, x: model.compensator(model.sd, z_0, encode(x)[1], fidelity), z_0, x)
     gates = [g[0].float().cpu() for g in gates_at[model.cfg.start_t]]
     return to_image(x_hat[0, :, :image.height, :image.width]), gates
 

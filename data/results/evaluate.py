@@ -178,11 +178,11 @@ def compare(files: list[Path], conditions: dict, restore: dict, base, metrics: M
             drawn: list[str] | None = None, keep=None) -> dict:
     """Restores every file under every condition and averages the metrics over the files.
 
-    conditions: {name: degrade(image, file) -> image, or None where it is not of this file}; restore: {row:
-    restore(image) -> image}. Prints a table a condition, draws `picture` of the conditions `drawn` (the first)
-    and returns {condition: {row: {metric: mean}}}. Rows: the degraded input; the same blurred, which any method must beat; through the VAE and back;
-    restored; the original through the VAE. What cannot be read or degraded is named and left out.
-    keep(condition, row, file, image) sees every picture."""
+    conditions: {name: degrade(image, file) -> image, or None where it has none of this file}; restore: {row:
+    restore(image) -> image}. Prints a table a condition, draws `picture` of the conditions `drawn` (the
+    first) and returns {condition: {row: {metric: mean}}}. Rows: the degraded input; the same blurred, which
+    any method must beat; through the VAE and back; restored; the original through the VAE. What cannot be
+    read or degraded is named and left out. keep(condition, row, file, image) sees every picture."""
     sd, drawn, strips = SD(base, with_unet=False).to(device()), drawn or list(conditions)[:1], []
     sums: dict[str, dict[str, list]] = {name: {} for name in conditions}
     for file, target in readable(tqdm(files, "eval", disable=None)):
@@ -568,8 +568,8 @@ def main(name: str, argv: list[str]) -> None:
                        help="as vvc (all three levels) or vvc:52 (default: those it was trained on)")
         p.add_argument("--lowest", action="store_true", help="only the lowest levels, as after training")
         p.add_argument("--pairs", nargs=2, type=Path, action="append", default=[],
-                       metavar=("LQ_DIR", "HQ_DIR"), help="pictures that another program compressed, and their "
-                       "originals, once for each --task; in the place of --codecs' unless those are given too")
+                       metavar=("LQ_DIR", "HQ_DIR"), help="pictures that another program compressed, and "
+                       "their originals, once for each --task; alone, unless --codecs is given too")
         p.add_argument("--task", action="append", default=[], metavar="CODEC:LEVEL",
                        help="what --pairs holds, as hific:low")
     EVALUATE[name](script, p.parse_args(argv))
