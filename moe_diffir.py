@@ -449,7 +449,7 @@ class MoEDiffIR(nn.Module):
         """dp, the mean over windows of the training crop's size that cover x_lq: reduced to the prior's input
         a larger picture would lose what a codec left in it."""
         size, (H, W) = self.cfg.crop, x_lq.shape[2:]
-        ys, xs = (torch.linspace(0, max(0, n - size), -(-n // size)).round().int() for n in (H, W))
+        ys, xs = (np.linspace(0, max(0, n - size), -(-n // size)).round().astype(int) for n in (H, W))
         windows = [x_lq[..., y:y + size, x:x + size] for y in ys for x in xs]
         return sum(map(self.prior, windows)) / len(windows) if self.prior else None
 
