@@ -553,7 +553,7 @@ def loss_decoder(lpips: nn.Module, x_hat: Tensor, x_hq: Tensor) -> Tensor:
 def stage1(run: Run, cfg: Stage1, benchmark: Benchmark) -> MoEDiffIR:
     """MoE-Prompt Module and Visual2Text adapter, all else frozen, Sec. 3.4. DIFFERS: the paper says "only the
     MoE-Prompt Module", but has no other stage for the adapter and its quality enhancer.
-    DIFFERS with start "lq", the tiny run's: z_t = sqrt(alpha_bar) z_lq at one t*, which one step restores;
+    DIFFERS: with start "lq", the tiny run's, z_t = sqrt(alpha_bar) z_lq at one t*, which one step restores;
     Eq. 2's eps is what makes z_0 that z_t. (One step cannot take out the noise that it was given.)"""
     torch.manual_seed(run.seed)
     model = MoEDiffIR(run.base, cfg, common.text_tokens(run.base, [""])[0], len(run.config["tasks"]))
