@@ -418,7 +418,8 @@ def evaluate_codecs(script, args) -> None:
     results = compare(files, conditions, rows, model.base, metrics, picture, lowest, fid and fid.keep)
     by_codec, gap = codec_means(results, list(rows), fid.values() if fid else {})
     finish(args, files, options=options, results=results, codecs=by_codec, gap_closed=gap,
-           latent_error=print_latent_errors(model, args.data, tasks), mutual_information=print_routing(picks))
+           latent_error=print_latent_errors(model, args.data, [task for task in tasks if task not in lq_of]),
+           mutual_information=print_routing(picks))
 
 
 def compressed(task, image: Image.Image, file: Path) -> Image.Image:
