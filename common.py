@@ -15,7 +15,6 @@ import hashlib
 import importlib
 import json
 import math
-import shutil
 import socket
 import sys
 from contextlib import contextmanager
@@ -28,8 +27,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.files import (ROOT, UserError, append, atomic, each_file, in_repo, list_images,  # noqa: F401
-                        load_tensors, load_trained, lock, note, outputs, read_json, save_tensors, trained,
-                        why, write_json)
+                        load_tensors, load_trained, note, outputs, read_json, save_tensors, take, trained, why,
+                        write_json)
 from data.pictures import (PHOTOS, Crops, Tiles, check_tile, jpeg, leave_ctrl_c_to_the_parent,  # noqa: F401
                            noise_for, pad_to, read_image, restore_files, rng, to_image, to_tensor,
                            torch_rng)
@@ -381,15 +380,20 @@ class Run:
             still_open = stage in ("stage1", "stage2") and not self.checkpoint(stage).exists()
             if begun.get(k) != now and not still_open:
                 raise UserError(f"--resume: {k} was {begun.get(k)}, but is {now} now; or name a new --out")
-        self.processes.wait_for_everyone()
-        if self.main:
-            lock(self.folder)
-            for old in [*self.folder.iterdir()] if begun and args.overwrite else ():
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-            for torn in [*self.folder.glob(".*tmp*"), *self.folder.glob("*/.*tmp*")]:
-                torn.unlink()  # what a kill in the middle of a write left, ours or safetensors' own
-            write_json(path, self.config)
-        self.processes.wait_for_everyone()
+        self.first(take, self.folder, bool(begun) and args.overwrite)
+        self.first(write_json, path, self.config)
+
+    def first(self, work, *args, **options) -> None:
+        """Calls work(...) in the first process while the others wait. Where it fails there, all end."""
+        from accelerate.utils import broadcast_object_list
+        error = None
+        try:
+            if self.main:
+                work(*args, **options)
+        except Exception as caught:
+            error = caught
+        if broadcast_object_list([bool(error)])[0]:
+            raise error or SystemExit(2)
 
     def checkpoint(self, stage: str) -> Path:
         return self.folder / "last" / f"{stage}.safetensors"
@@ -398,13 +402,15 @@ class Run:
         """Prints a stage's settings and modules, returns its Accelerator. `some_unused`: not every step uses
         every parameter, which several processes must know; `float32`: no bf16, on CUDA either."""
         from accelerate import Accelerator, DistributedDataParallelKwargs
-        bf16 = INFERENCE_DTYPE == torch.bfloat16 and not float32
-        options = DistributedDataParallelKwargs(find_unused_parameters=some_unused)
-        self.acc = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device().type == "cpu",
-                               gradient_accumulation_steps=cfg.accumulate, kwargs_handlers=[options])
+        from accelerate.utils import AutocastKwargs
+        precision = "bf16" if INFERENCE_DTYPE == torch.bfloat16 else "no"  # one a process
+        options = [DistributedDataParallelKwargs(find_unused_parameters=some_unused),
+                   AutocastKwargs(enabled=not float32)]
+        self.acc = Accelerator(mixed_precision=precision, cpu=device().type == "cpu",
+                               gradient_accumulation_steps=cfg.accumulate, kwargs_handlers=options)
         self.stage, self.cfg, self.terms = f"stage{stage}", cfg, {}
         settings = "  ".join(f"{k}={v}" for k, v in asdict(cfg).items())
-        where = f"{self.acc.device.type} x {self.acc.num_processes}, precision {self.acc.mixed_precision}"
+        where = f"{self.acc.device.type} x {self.acc.num_processes}, precision {'float32' if float32 else precision}"
         self.acc.print(f"\nstage {stage} on {where}\n  {settings}")
         for name, m in modules.items():
             every, some = (sum(p.numel() for p in m.parameters() if p.requires_grad or not only) / 1e6
@@ -430,13 +436,11 @@ class Run:
                     raise UserError(f"{self.stage}, step {step}: {k} is {v}; {last} is the last good state")
                 smooth[k] = 0.95 * smooth.get(k, v) + 0.05 * v
             bar.set_postfix({k: f"{v:.4f}" for k, v in smooth.items() if "@" not in k}, refresh=False)
-            if not self.main:
-                continue
-            append(log, json.dumps({"stage": int(self.stage[-1]), "step": step, **row}) + "\n")
+            self.first(append, log, json.dumps({"stage": int(self.stage[-1]), "step": step, **row}) + "\n")
             if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                 state = {"modules": {k: trained(m) for k, m in modules.items()},
                          "optimizers": {k: o.state_dict()["state"] for k, o in optimizers.items()}}
-                save_tensors(last, state, step=step + 1)
+                self.first(save_tensors, last, state, step=step + 1)
 
     def resume(self, last: Path, modules, optimizers, log: Path) -> int:
         """Puts the last state back; returns the number of steps done, which are all that the log keeps."""
@@ -502,12 +506,9 @@ class Run:
 
     def save(self, module: nn.Module, **header) -> None:
         """The stage's result, model/stageN.safetensors: all that training changed, and the settings."""
-        if self.main:
-            header = {k: v for k, v in self.config.items() if k not in ("data", "seed")} | header
-            header["stage"] = self.stage
-            path = self.folder / "model" / f"{self.stage}.safetensors"
-            save_tensors(path, trained(self.acc.unwrap_model(module)), **header)
-        self.acc.wait_for_everyone()  # the next stage reads that file
+        header |= {k: v for k, v in self.config.items() if k not in ("data", "seed")}
+        path = self.folder / "model" / f"{self.stage}.safetensors"
+        self.first(save_tensors, path, trained(self.acc.unwrap_model(module)), **header, stage=self.stage)
 
 
 def read_model(weights: Path, script: str, stage: int = 2) -> tuple[dict[str, Tensor], dict]:

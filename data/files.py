@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import threading
 from collections import Counter
@@ -76,6 +77,14 @@ def lock(folder: Path) -> None:
         os.close(descriptor)
         raise UserError(f"{folder}: another training writes into it; wait for it, or name another") from None
     LOCKS[folder.resolve()] = descriptor
+
+
+def take(folder: Path, anew: bool) -> None:
+    """Locks a run's folder, and deletes in it what a kill in the middle of a write left; with `anew` all."""
+    lock(folder)
+    torn = [*folder.glob(".*tmp*"), *folder.glob("*/.*tmp*")]  # ours, or safetensors' own
+    for old in [*folder.iterdir()] if anew else torn:
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def write_json(path: Path, value) -> None:

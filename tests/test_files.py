@@ -247,6 +247,13 @@ def test_two_trainings_do_not_write_into_one_folder(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
+def test_what_the_first_of_two_processes_refuses_ends_both(tmp_path, two_processes):
+    lock(tmp_path)
+    said = two_processes("codiff", ["train", "--out", str(tmp_path), "--s1-steps", "1"], codes=(2, 2))
+    assert "another training writes into it" in said[0] and "Traceback" not in said[0] + said[1]
+    assert "another training" not in said[1] and not any(tmp_path.iterdir())
+
+
 # ---- metrics and text
 
 
