@@ -629,10 +629,8 @@ def cache_latents(run: Run, cfg: Stage2, model: MoEDiffIR, pairs: LatentPairs) -
     """The file of the first cfg.cache_latents samples' z_0. A row that is not made yet is NaN, so that a run
     killed at any moment goes on where it was; the name says what rows depend on beside the run."""
     acc, path = run.acc, run.folder / "latents" / f"{cfg.cache_latents}-{cfg.crop}-{cfg.sampling}.npy"
-    if run.main and not path.exists():
-        unmade = np.full((cfg.cache_latents, *model.sd.latent_shape(cfg.crop)), np.nan, np.float32)
-        common.atomic(path, lambda tmp: np.save(tmp, unmade))
-    acc.wait_for_everyone()
+    unmade = np.full((cfg.cache_latents, *model.sd.latent_shape(cfg.crop)), np.nan, np.float32)
+    run.first(lambda: path.exists() or common.atomic(path, lambda tmp: np.save(tmp, unmade)))
     z_0 = np.load(path, mmap_mode="r+")
     own = torch.arange(len(z_0)).split(cfg.batch)[acc.process_index::acc.num_processes]
     todo = [rows for rows in map(Tensor.tolist, own) if np.isnan(z_0[rows]).any()]
@@ -693,7 +691,7 @@ def load(weights: Path, base: str | None = None) -> MoEDiffIR:
 
 
 @torch.inference_mode()
-def restore(model: MoEDiffIR, image: Image.Image, steps: int, fidelity: float = 1.0,
+def restore(model: MoEDiffIR, image: Image.Image, steps: int | None = None, fidelity: float = 1.0,
             tile: int | None = None) -> tuple[Image.Image, list[Tensor]]:
     """One compressed image, any size -> (its restored self, gates (N,) of every scale at the first timestep).
     The noise is the same every time. In tiles the gates are those of the mosaic that stands for all."""
@@ -703,7 +701,7 @@ def restore(model: MoEDiffIR, image: Image.Image, steps: int, fidelity: float = 
     encode = functools.lru_cache(1)(model.encode)  # without `tile`, decoding asks for the same x again
     z_lq = tiles(lambda x: encode(x)[0], x).float()
     noise = torch.randn(z_lq.shape, generator=torch_rng(0)).to(z_lq.device)
-    z_0, gates_at = model.sample(z_lq, dp, c, steps, noise, tiles)
+    z_0, gates_at = model.sample(z_lq, dp, c, steps or model.sampling, noise, tiles)
     x_hat = tiles(lambda z_0, x: model.compensator(model.sd, z_0, encode(x)[1], fidelity), z_0, x)
     gates = [g[0].float().cpu() for g in gates_at[model.cfg.start_t]]
     return to_image(x_hat[0, :, :image.height, :image.width]), gates
@@ -729,13 +727,11 @@ def train(args) -> None:
     tasks = make_cir.training_tasks(args.codecs, caches)
     make_cir.refuse_to_wait(caches, tasks)
     run = Run(args, "moe_diffir", SD21_BASE, cfg1, cfg2, tasks=[":".join(task) for task in tasks])
-    if run.main:
-        make_cir.complete(caches, tasks)
+    run.first(make_cir.complete, caches, tasks)
     benchmark = make_cir.read(caches, tasks)
     if args.stage in ("1", "all"):
         model = stage1(run, cfg1, benchmark)
-        if run.main:
-            evaluate.print_latent_errors(model, args.val or [PHOTOS / "val"], tasks)
+        run.first(evaluate.print_latent_errors, model, args.val or [PHOTOS / "val"], tasks)
     if args.stage in ("2", "all"):
         stage2(run, cfg2, benchmark)
         run.evaluate("--lowest")

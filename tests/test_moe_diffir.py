@@ -711,7 +711,7 @@ def test_latents_made_already_are_not_made_again(trained, val, tmp_path, monkeyp
     cfg, made, readers = Stage2(crop=64, batch=2, cache_latents=7, workers=workers), [], set()
     acc = types.SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"),
                                 autocast=torch.no_grad, wait_for_everyone=lambda: None)
-    run = types.SimpleNamespace(folder=tmp_path, main=True, acc=acc, seed=0)
+    run = types.SimpleNamespace(folder=tmp_path, main=True, first=lambda work: work(), acc=acc, seed=0)
     make_cir.bench([val], tmp_path / "bench", [("jpeg", "5")])
     benchmark = make_cir.read([([val], tmp_path / "bench")], [("jpeg", "5")])
     pairs = LatentPairsThatTell(benchmark, cfg, 32, 1, 7)
