@@ -14,6 +14,7 @@ a pseudo diffusion timestep t(r), at which one UNet denoises the latents of all 
 | r             | r           | integer                    | index into RATES, 0 (fewest bits) to 7         |
 | -             | e           | (B, h/s, w/s, D)           | unit vectors: what is quantised                |
 | z_q           | q           | as e                       | rows of the codebook, unit vectors             |
+| M             | D           | integer                    | z_q's dimension; our N and M are widths        |
 | z_tilde       | z_tilde     | as z_0                     | quantised latent, decoded by the back end      |
 | t_{R -> t}(r) | t[r]        | integer                    | pseudo timestep, 0 .. T - 1                    |
 | z_hat_0       | z_hat       | as z_0                     | one-step estimate of z_0                       |
@@ -36,6 +37,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +80,7 @@ class Stage1(Stage):
     lr: float            = both(1e-3,         2e-5,      "Sec. 4.1")
     batch: int           = both(8,            64,        "Sec. 4.1")
     steps: int           = both(200,          10_000,    "Sec. 4.1")
-    measure: int         = both(64,           4096,      "ours: crops for Eq. 10, gain; the paper: all")
+    measure: int         = both(64,           4096,      "ours: crops of Eqs. 10, 12, gain; the paper: all")
 
 
 @dataclass
@@ -172,8 +174,8 @@ class Quantizer(nn.Module):
     def encode(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """(B, M, h, w) -> e (B, h, w, D), indices (B, h, w)."""
         e = F.normalize(self.project_in(h.permute(0, 2, 3, 1)).float(), dim=-1)
-        # in double: bf16, as autocast has it, would mix up neighbours
-        return e, (e.double() @ self.embed.double().T).argmax(-1)
+        # no product of matrices: autocast would have it in bf16, which mixes up neighbours
+        return e, torch.cdist(e, self.embed, compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
 
     def decode(self, q: Tensor) -> Tensor:
         """(B, h, w, D) -> (B, M, h, w)."""
@@ -275,8 +277,8 @@ class OSCAR(nn.Module):
         self.base, self.t, self.sd = base, t, SD(base, weights=weights)
         self.hyper_encoders = HyperEncoders(cfg, self.sd.vae.config.latent_channels)
         self.prompt = nn.Parameter(torch.zeros(77, self.sd.unet.config.cross_attention_dim))
-        self.multiples = [math.lcm(self.sd.f * s, self.sd.multiple) for s in S]
-        self.cell = self.multiple = max(self.multiples)  # all are powers of two
+        self.cells = [self.sd.f * s for s in S]  # pixels an index has a side; pictures are padded to these
+        self.cell, self.multiple = max(self.cells), max(*self.cells, self.sd.multiple)  # all powers of two
         self.digest, self.true_norms = b"\0\0", False
 
     def add_lora(self, rank: int) -> OSCAR:
@@ -312,53 +314,51 @@ def loss_sim(z_0: Tensor, z_tilde: Tensor) -> Tensor:
     return -cosine(z_0, z_tilde)
 
 
-def G_sim(z_0: Tensor, alpha_bar: Tensor, generator: torch.Generator) -> Tensor:
+def G_sim(z_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     """G_sim(t) for all t (T,): expected per-position cosine of z_0 (B, C, h, w) and its noisy version.
 
     DIFFERS: Eq. 12 approximates it by sqrt(alpha_bar), which holds for long vectors; for the few channels of
     one position the expectation is lower. Since Eq. 9 compares positions, this is the expectation itself."""
-    v = z_0.movedim(1, -1).flatten(0, -2).double()  # (positions, C)
-    eps = torch.randn(v.shape, generator=generator, dtype=v.dtype)
-    zz, ze, ee = (v * v).sum(1), (v * eps).sum(1), (eps * eps).sum(1)
+    zz, ze, ee = ((u * v).sum(1).flatten() for u, v in ((z_0, z_0), (z_0, eps), (eps, eps)))  # (positions,)
 
     def expected(alpha: float) -> Tensor:
         a, b = math.sqrt(alpha), math.sqrt(1 - alpha)
         # Eq. 12: sim(a z_0 + b eps, z_0), from the inner products alone
         return ((a * zz + b * ze) / (zz * (a * a * zz + 2 * a * b * ze + b * b * ee)).sqrt()).mean()
-    return torch.stack([expected(alpha) for alpha in alpha_bar.double().tolist()]).float()
+    return torch.stack([expected(alpha) for alpha in alpha_bar.tolist()])
 
 
 @torch.no_grad()
-def latents(sd: SD, photos: Photos, number: int) -> list[Tensor]:
-    """The latents of training crops 0 .. number - 1, in batches of eight."""
-    starts = tqdm(range(0, number, 8), "measuring", leave=False, disable=None)
-    batches = (torch.stack([photos[i][1] for i in range(n, min(n + 8, number))]) for n in starts)
-    return [sd.encode(x.to(sd.alpha_bar.device)).float() for x in batches]
+def latents(run: Run, sd: SD, photos: Photos, number: int) -> tuple[list[Tensor], list[Tensor]]:
+    """(z_0, eps), a batch an entry: this process's share of the latents of the first `number` training crops
+    (of all, if the stage trains on fewer), and Eq. 12's noise for them."""
+    count = max(1, math.ceil(number / run.cfg.batch)) * run.cfg.accumulate
+    batches = tqdm(islice(run.batches(photos, 0), count), "measuring", leave=False, disable=None)
+    n, x = zip(*((n, sd.encode(x.to(sd.alpha_bar.device)).float()) for n, x in batches))
+    return [*x], [noise_for(n, z_0.shape[1:], run.seed, 12).to(z_0.device) for n, z_0 in zip(n, x)]
 
 
 @torch.no_grad()
-def F_sim(hyper_encoders: nn.ModuleList, z: list[Tensor]) -> list[float]:
-    """F_sim(r) for every rate, on the latents z."""
-    means = []
-    for Q in hyper_encoders.eval():
-        total = sum(cosine(z_0, Q.decode(Q.encode(z_0))).item() * len(z_0) for z_0 in z)
-        # Eq. 9, estimated as in Eq. 10
-        means.append(total / sum(map(len, z)))
-    return means
+def F_sim(hyper_encoders: nn.ModuleList, z: list[Tensor]) -> Tensor:
+    """F_sim(r) for every rate (8,), on the latents z."""
+    sums = [sum(cosine(z_0, Q.decode(Q.encode(z_0))) * len(z_0) for z_0 in z) for Q in hyper_encoders.eval()]
+    # Eq. 9, estimated as in Eq. 10
+    return torch.stack(sums) / sum(map(len, z))
 
 
-def measure_mapping(hyper_encoders: nn.ModuleList, z: list[Tensor], alpha_bar: Tensor, seed: int) -> dict:
-    """{rate: {"cosine", "t"}, "G_sim": [...]}: every rate's pseudo timestep, from training latents z."""
-    expected = G_sim(torch.cat(z[:8]).cpu(), alpha_bar.cpu(), torch_rng(seed, 12))
-    measured = F_sim(hyper_encoders, z)
-    # Eq. 13
-    timesteps = [(expected - f).abs().argmin().item() for f in measured]
+def measure_mapping(measured: list[float], expected: list[float], alpha_bar: Tensor) -> dict:
+    """{rate: {"cosine", "t"}, "G_sim": [...]}: every rate's pseudo timestep, from F_sim (8,), G_sim (T,)."""
     print("\nthe mapping: measured cosine -> pseudo diffusion timestep\n"
           "            F_sim(r)  t(r)  G_sim(t)  sqrt(abar_t)  the release's t")
-    for name, f, t, released in zip(NAMES, measured, timesteps, RELEASED_T):
+    rates, low, high = {}, min(expected), max(expected)
+    for name, f, released in zip(NAMES, measured, RELEASED_T):
+        # Eq. 13
+        t = min(range(len(expected)), key=lambda t: abs(expected[t] - f))
         print(f"{name} bpp  {f:8.4f}  {t:4d}  {expected[t]:8.4f}  {alpha_bar[t].sqrt():12.4f}  {released:15}")
-    rates = {name: {"cosine": f, "t": t} for name, f, t in zip(NAMES, measured, timesteps)}
-    return rates | {"G_sim": expected.tolist()}
+        if not low <= f <= high:
+            print(f"{name} bpp: {f:.4f} is outside G_sim's {low:.4f} to {high:.4f}: t is clamped to {t}")
+        rates[name] = {"cosine": f, "t": t}
+    return rates | {"G_sim": expected}
 
 
 def choose_mapping(cfg: Stage2, measured: Path, T: int, seed: int) -> list[int]:
@@ -379,22 +379,15 @@ def choose_mapping(cfg: Stage2, measured: Path, T: int, seed: int) -> list[int]:
 
 
 @torch.no_grad()
-def set_gain(hyper_encoders: nn.ModuleList, z: list[Tensor], alpha_bar: Tensor | None = None) -> None:
-    """The cosine leaves the scale of z_tilde open; a constant factor for each rate settles it, from training
-    latents z: with alpha_bar (8,) at the rates' timesteps, such that Eq. 3 at eps = 0 is z_0's least-squares
-    estimate; without (nothing is aligned yet) such that z_tilde has z_0's RMS.
+def set_gain(hyper_encoders: nn.ModuleList, z: list[Tensor], reduce=lambda sums: sums) -> None:
+    """The cosine leaves z_tilde's scale open. Eq. 11's states are about as large as z_0, so a constant for
+    each rate gives z_tilde z_0's RMS over training latents z; `reduce` joins the sums of all processes.
 
-    DIFFERS: the release scales each channel to its norm in the image's own latent, which no decoder has.
-    Constant norms for each image and channel would need no side information either, but lose contrast."""
-    for r, Q in enumerate(hyper_encoders.eval()):
-        square, square_0, product = 0, 0, 0
-        for z_0 in z:
-            z_tilde = Q.decode(Q.encode(z_0))
-            square += (z_tilde * z_tilde).sum()
-            square_0 += (z_0 * z_0).sum()
-            product += (z_tilde * z_0).sum()
-        same_rms = (square_0 / square).sqrt()
-        Q.gain *= same_rms if alpha_bar is None else alpha_bar[r].sqrt() * product / square
+    DIFFERS: the release scales each channel to its norm in the image's own latent, which no decoder has."""
+    for Q in hyper_encoders.eval():
+        pairs = [(z_0.square().sum(), Q.decode(Q.encode(z_0)).square().sum()) for z_0 in z]
+        square_0, square = reduce(torch.stack([*map(sum, zip(*pairs))]))
+        Q.gain *= (square_0 / square).sqrt()
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -456,10 +449,12 @@ def stage1(run: Run, cfg: Stage1) -> None:
         if acc.sync_gradients:
             for r, Q in enumerate(Qs):
                 update_codebook(run, Q, r, cfg.ema, step, run.seed)
+    z, eps = latents(run, sd, photos, cfg.measure)
+    set_gain(Qs, z, acc.reduce)
+    measured, expected = F_sim(Qs, z), G_sim(torch.cat(z), torch.cat(eps), sd.alpha_bar)
+    measured, expected = (acc.reduce(f, "mean").tolist() for f in (measured, expected))
     if run.main:
-        z = latents(sd, photos, cfg.measure)
-        mapping = measure_mapping(Qs, z, sd.alpha_bar, run.seed)
-        set_gain(Qs, z, sd.alpha_bar[[mapping[name]["t"] for name in NAMES]])
+        mapping = measure_mapping(measured, expected, sd.alpha_bar)
         path = run.folder / "model" / "mapping.json"
         common.atomic(path, lambda tmp: tmp.write_text(json.dumps(mapping, indent=1) + "\n"))
     run.save(Qs)
@@ -495,7 +490,7 @@ def stage2(run: Run, cfg: Stage2, cfg1: Stage1) -> None:
     opt_G, opt_D = (torch.optim.AdamW(m.parameters(), cfg.lr, weight_decay=cfg.weight_decay) for m in (G, D))
     G, D, opt_G, opt_D = acc.prepare(G, D, opt_G, opt_D)
     if not cfg.alignment:
-        set_gain(Qs, latents(sd, Photos(run.data, cfg1, 1, run.seed), cfg1.measure))
+        set_gain(Qs, latents(run, sd, Photos(run.data, cfg1, 1, run.seed), cfg1.measure)[0], acc.reduce)
     G.train(), D.train(), dists.to(acc.device)
     critic = acc.unwrap_model(D)
     w = {term: float(term in cfg.losses) for term in LOSSES}  # Fig. 7; 1 each by default
@@ -541,7 +536,7 @@ def stage2(run: Run, cfg: Stage2, cfg1: Stage1) -> None:
 # magic, version and flags in a nibble each, bit-rate, the model's digest, width, height; then in files of the
 # released model (flag NORMS) a byte a channel, the indices as fixed-length integers, a CRC-32 of it all
 HEAD = struct.Struct("<2sBB2sHH")
-MAGIC, VERSION, NORMS, MAX_SIDE = b"OS", 2, 1, 2**16 - 1
+MAGIC, VERSION, NORMS, MAX_SIDE = b"OS", 3, 1, 2**16 - 1
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # what Pillow reads at most
 LOWEST, HIGHEST = -6.0, 4.0  # log2 of the norms
 
@@ -577,8 +572,7 @@ def parse_file(data: bytes, model: OSCAR) -> tuple[int, tuple[int, int], np.ndar
         raise UserError(f"made with another model ({digest.hex()}, not {model.digest.hex()}); see --weights")
     if r >= len(RATES) or not 0 < width * height <= MAX_PIXELS:
         raise UserError(f"claims {width} x {height} pixels (at most {MAX_PIXELS}) at bit-rate number {r}")
-    cells = model.multiples[r] // model.sd.f // S[r]  # indices along a side of what an image is padded to
-    rows, cols = (math.ceil(n / model.multiples[r]) * cells for n in (height, width))
+    rows, cols = (math.ceil(n / model.cells[r]) for n in (height, width))
     start = HEAD.size + (model.sd.vae.config.latent_channels if model.true_norms else 0)
     length = start + math.ceil(rows * cols * BITS[r] / 8) + 4
     if len(data) != length:
@@ -606,8 +600,8 @@ def compress(model: OSCAR, image: Image.Image, r: int, tile: int | None = None) 
     """An image -> the bytes of its file, at bit-rate number r."""
     if max(image.size) > MAX_SIDE:
         raise UserError(f"{image.width} x {image.height} pixels; a file holds {MAX_SIDE} a side")
-    x = pad_to(to_tensor(image)[None], model.multiples[r])
-    tiles = Tiles(model.sd, x, model.multiples[r], tile, model.multiple)  # without `tile`, tiles(f, x) is f(x)
+    x = pad_to(to_tensor(image)[None], model.cells[r])
+    tiles = Tiles(model.sd, x, model.cells[r], tile, model.multiple)  # without `tile`, tiles(f, x) is f(x)
     z_0 = tiles(model.sd.encode, x).float().to(model.prompt.device)
     idx = model.hyper_encoders[r].encode(z_0)[0].cpu().numpy()
     return write_file(r, image.size, idx, model.digest, write_norms(z_0) if model.true_norms else b"")
@@ -620,8 +614,7 @@ def decompress(model: OSCAR, data: bytes, tile: int | None = None) -> Image.Imag
     f, device = model.sd.f, model.prompt.device
     rms = read_norms(norms).to(device) if norms else None
     z_tilde = model.hyper_encoders[r].decode(torch.from_numpy(idx)[None].to(device), rms)
-    align = model.multiples[r] // f
-    tiles = Tiles(model.sd, z_tilde, align, tile and tile // f, align)  # counted in latents
+    tiles = Tiles(model.sd, z_tilde, S[r], tile and tile // f, model.multiple // f)  # counted in latents
     z_hat = tiles(partial(model.denoise, r=r), z_tilde)
     return to_image(tiles(model.sd.decode, z_hat)[0, :, :height, :width])
 

@@ -90,7 +90,8 @@ def print_times(build, parts, size: tuple[int, int], steps: tuple[int, ...], ful
     """Milliseconds and TFLOP/s of every part on this device, by phase too where names are "phase: part"."""
     where = device()
     with torch.inference_mode():
-        model = common.for_inference(build(False))
+        model = build(False).to(where)
+        common.for_inference(model.sd if hasattr(model, "hyper_encoders") else model)  # as oscar.load has it
         width, height = (n + -n % model.cell for n in size)
         calls = parts(model, torch.rand(1, 3, height, width, device=where))
         timings = {name: (seconds(call), full[name])
@@ -167,12 +168,12 @@ def oscar_model(oscar, base, cfg1, cfg2, lora: bool):
 
 def oscar_parts(G, x: Tensor, r: int) -> dict[str, tuple[list[nn.Module], callable]]:
     from oscar import S
-    x, Q = x.to(G.sd.vae.dtype), G.hyper_encoders[r]
+    z_0, Q, x = empty_latent(G.sd, x), G.hyper_encoders[r], x.to(G.sd.vae.dtype)  # z_0, Q: float32
     z, quantizer = empty_latent(G.sd, x), Q.quantizer
     idx = torch.zeros(1, z.shape[2] // S[r], z.shape[3] // S[r], dtype=torch.long, device=x.device)
     prompt, (encoder, decoder) = x.new_zeros(1, *G.prompt.shape), vae_parts(G.sd, x, z)
     return {"encode: VAE encoder": encoder,
-            "encode: hyper-encoder": ([Q.backbone, quantizer.project_in], lambda: Q.encode(z)),
+            "encode: hyper-encoder": ([Q.backbone, quantizer.project_in], lambda: Q.encode(z_0)),
             "decode: hyper-encoder": ([Q.proj, quantizer.project_out], lambda: Q.decode(idx)),
             "decode: UNet": ([G.sd.unet], lambda: G.sd.unet(z, G.t[r], prompt)),
             "decode: VAE decoder": decoder}

@@ -16,6 +16,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, features
 from torch import Tensor
@@ -317,19 +318,52 @@ def report_predictions(model, files: list[Path]) -> dict:
 
 # ----------------------------------------------------------------------------------------- OSCAR
 
+CLASSICAL = {"JPEG": {"optimize": True}, "WebP": {"method": 6}, "AVIF": {}}  # Pillow's, and their options
+if not features.check("avif"):
+    del CLASSICAL["AVIF"]
+QUALITIES = (5, 10, 20, 35, 50)  # an anchor's, beside its lowest
 
-def classical(kind: str, **options) -> tuple:
-    """(encode, decode) of a codec of Pillow's."""
-    def encode(image):
+
+def classical_codecs(anchor: str | None) -> dict[str, tuple]:
+    """{name: (encode, decode)}: each codec at its lowest quality, the anchor at six."""
+    def encode(image, kind, quality):
         buffer = io.BytesIO()
-        image.save(buffer, kind, **options)
+        image.save(buffer, kind, quality=quality, **CLASSICAL[kind])
         return buffer.getvalue()
-    return encode, lambda data: Image.open(io.BytesIO(data)).convert("RGB")
+
+    def decode(data):
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    return {f"{kind}, quality {q}": (partial(encode, kind=kind, quality=q), decode) for kind in CLASSICAL
+            for q in (1 if kind == "JPEG" else 0, *(QUALITIES if kind == anchor else ()))}
 
 
-CLASSICAL = {"JPEG, quality 1": classical("JPEG", quality=1, optimize=True),
-             "WebP, quality 0": classical("WEBP", quality=0, method=6),
-             "AVIF, quality 0": classical("AVIF", quality=0)}
+def curve(results: dict, codec: str, metric: str) -> list[tuple[float, float]]:
+    """A codec's points (true bpp, value of the metric)."""
+    points = [(v["bpp"], v.get(metric)) for name, v in results.items() if name.startswith(codec)]
+    return [p for p in points if p[1] is not None]
+
+
+def bd_rate(points: list[tuple[float, float]], anchor: list[tuple[float, float]]) -> float | None:
+    """Bjontegaard's rate difference (VCEG-M33) in percent: cubic fits of log rate to quality, the mean
+    distance between them over the qualities that both reach. None if there are none, or under four points."""
+    if min(len(points), len(anchor)) < 4:
+        return None
+    (rates, q), (anchor_rates, anchor_q) = zip(*points), zip(*anchor)
+    low, high = max(min(q), min(anchor_q)), min(max(q), max(anchor_q))
+    if low >= high:
+        return None
+
+    def area(rates, q):
+        fit = np.polynomial.Polynomial.fit(q, np.log(rates), 3).integ()
+        return fit(high) - fit(low)
+    return 100 * float(np.expm1((area(rates, q) - area(anchor_rates, anchor_q)) / (high - low)))
+
+
+def print_bd_rate(results: dict, anchor: str, names: list[str]) -> dict[str, float | None]:
+    rates = {k: bd_rate(curve(results, "OSCAR", k), curve(results, anchor, k)) for k in names}
+    print(f"\nBD-rate of OSCAR against {anchor}, percent ('-': no quality that both reach)")
+    print(text_table(["", *names], [["BD-rate", *rates.values()]]))
+    return rates
 
 
 @torch.inference_mode()
@@ -337,14 +371,17 @@ def evaluate_codec(script, args) -> None:
     """The rate-distortion table over real files: true bits per pixel and metrics, mean over the photographs;
     beside it classical codecs at their lowest setting, and the VAE alone. A picture, the curve."""
     model, files, rates = script.load(args.weights, args.base), list_images(args.data), sorted(set(args.bpp))
-    metrics = Metrics(("musiq", "clipiqa+") if args.metrics == "all" else (), "VGG")
+    metrics = Metrics(("musiq", "clipiqa") if args.metrics == "all" else (), "VGG")
     tile = common.check_tile(args.tile, model.multiple)
+    if args.centre is not None and args.centre < 1:
+        raise UserError(f"--centre {args.centre}: must be at least 1")
     codecs = {f"OSCAR {script.NAMES[r]}": (partial(script.compress, model, r=r, tile=tile),
                                            partial(script.decompress, model, tile=tile)) for r in rates}
-    codecs |= {k: v for k, v in CLASSICAL.items() if not k.startswith("AVIF") or features.check("avif")}
+    codecs |= classical_codecs(args.anchor)
     sums: dict[str, list[dict]] = {name: [] for name in [*codecs, "VAE alone"]}
     strips = []
     for file, image in readable(tqdm(files, "eval", disable=None)):
+        image = image.crop(centre(image.size, args.centre)) if args.centre else image
         pictures = [image]
         for name, (encode, decode) in codecs.items():
             try:
@@ -377,7 +414,8 @@ def evaluate_codec(script, args) -> None:
         print(f"rate-distortion curve: {draw_curve(results, args.weights / 'samples' / 'rd.png')}")
     except UserError as error:
         note(f"no rate-distortion curve: {error}")
-    finish(args, files, results=results)
+    bd_rates = print_bd_rate(results, args.anchor, names) if args.anchor else {}
+    finish(args, files, results=results, bd_rate=bd_rates)
 
 
 # ------------------------------------------------------------------------------------ MoE-DiffIR
@@ -563,6 +601,8 @@ def main(name: str, argv: list[str]) -> None:
     elif name == "oscar":
         p.add_argument("--bpp", type=script.parse_bpp, nargs="+", default=range(len(script.RATES)),
                        help=f"of {', '.join(script.NAMES)} (default: all)")
+        p.add_argument("--centre", type=int, metavar="PX", help="only the central pixels (the paper: 1024)")
+        p.add_argument("--anchor", choices=CLASSICAL, help="also BD-rates against this codec")
     else:
         p.add_argument("--steps", type=int, nargs="+", help="calls of the UNet, a row each")
         p.add_argument("--codecs", nargs="+", metavar="CODEC[:LEVEL]",

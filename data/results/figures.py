@@ -17,8 +17,8 @@ from tqdm import tqdm
 import common
 from common import (PHOTOS, ROOT, UserError, atomic, device, jpeg, list_images, note, pad_to, read_image,
                     read_json, to_tensor, write_json)
-from data.results.evaluate import (CLASSICAL, alignment, captioned, predictions, print_routing, prompts,
-                                   read_all, text_table)
+from data.results.evaluate import (CLASSICAL, alignment, captioned, curve, predictions, print_routing,
+                                   prompts, read_all, text_table)
 
 
 def pyplot():
@@ -160,15 +160,15 @@ def sodiff_figures(sodiff, args) -> None:
 def draw_curve(results: dict, target: Path) -> Path:
     """Fig. 5: a panel for each metric that could be measured, against true bits per pixel."""
     plt = pyplot()
-    panels = [k for k in ("PSNR", "SSIM", "LPIPS-VGG", "DISTS") if results["VAE alone"][k] is not None]
+    panels = ("PSNR", "SSIM", "LPIPS-VGG", "DISTS", "MUSIQ", "CLIPIQA")
+    panels = [k for k in panels if results["VAE alone"].get(k) is not None]
     size = (4.5 * len(panels), 3.4)
     figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
     for axis, metric in zip(axes[0], panels):
-        points = [(v["bpp"], v[metric]) for k, v in results.items() if k.startswith("OSCAR")]
-        axis.plot(*zip(*points), "o-", label="OSCAR")
+        axis.plot(*zip(*curve(results, "OSCAR", metric)), "o-", label="OSCAR")
         for name, marker in zip(CLASSICAL, "sv^"):
-            if name in results:
-                axis.plot(results[name]["bpp"], results[name][metric], marker, color="gray", label=name)
+            if points := curve(results, name, metric):
+                axis.plot(*zip(*points), f"{marker}-", color="gray", label=name)
         axis.axhline(results["VAE alone"][metric], color="gray", linestyle=":", label="VAE alone")
         axis.set(xlabel="bits per pixel, from the file's length", ylabel=metric, xscale="log")
     axes[0, 0].legend(fontsize=7)
@@ -185,8 +185,16 @@ def residual(Q, z: list[Tensor], alpha_bar: Tensor) -> Tensor:
     return torch.cat([e.flatten() for e in eps]).cpu()
 
 
-def draw_residuals(plt, axes, eps: Tensor, title: str, color: str) -> list[float]:
-    """Histogram and QQ-plot against a standard normal; returns mean, deviation and excess kurtosis."""
+def describe(eps: Tensor, z_0: Tensor, a: Tensor) -> list[float]:
+    """Mean, deviation, excess kurtosis of the residual noise; its cosine to z_0; z_tilde's RMS over z_0's."""
+    z_tilde = a.sqrt() * z_0 + (1 - a).sqrt() * eps
+    kurtosis = (eps - eps.mean()).pow(4).mean() / eps.var()**2 - 3
+    cosine = torch.nn.functional.cosine_similarity(eps, z_0, dim=0)
+    return [v.item() for v in (eps.mean(), eps.std(), kurtosis, cosine, z_tilde.norm() / z_0.norm())]
+
+
+def draw_residuals(axes, eps: Tensor, title: str, color: str) -> None:
+    """Histogram and QQ-plot against a standard normal."""
     top, bottom = axes
     draw_histogram(top, eps, None, color)
     top.set_title(title, fontsize=9)
@@ -194,7 +202,6 @@ def draw_residuals(plt, axes, eps: Tensor, title: str, color: str) -> list[float
     quantiles = torch.distributions.Normal(0, 1).icdf(p)
     bottom.plot(quantiles, eps.sort().values[(p * len(eps)).long()], ".", markersize=3, color=color)
     bottom.plot([-3, 3], [-3, 3], color="red", linewidth=1)
-    return [eps.mean().item(), eps.std().item(), ((eps - eps.mean()).pow(4).mean() / eps.var()**2 - 3).item()]
 
 
 def draw_histogram(axis, eps: Tensor, label: str | None, color: str) -> None:
@@ -216,26 +223,44 @@ def draw_cosines(axis, log: list[dict], names: list[str]) -> None:
     axis.legend(fontsize=7)
 
 
+@torch.inference_mode()
+def training_latents(oscar, sd, config: dict, cfg) -> list[Tensor]:
+    """Of the first crops, which stage 1 measured."""
+    photos = oscar.Photos([ROOT / folder for folder in config["data"]], cfg, 1, config["seed"])
+    crops = (photos[n][1][None].to(device()) for n in range(min(64, cfg.measure)))
+    return [sd.encode(x).float() for x in crops]
+
+
+def hyper_encoders_of(oscar, weights: Path, config: dict, cfg, z: list[Tensor]) -> tuple:
+    """Those that stage 1 starts from, and its result; both give z_tilde the RMS of the training latents z."""
+    torch.manual_seed(config["seed"])
+    before, after = (oscar.HyperEncoders(cfg, z[0].shape[1]).to(device()) for _ in range(2))
+    common.load_trained(after, common.read_model(weights, "oscar", stage=1)[0], weights)
+    oscar.set_gain(before, z)
+    return before, after.eval()
+
+
 def oscar_figures(oscar, args) -> None:
-    """Fig. 4: residual noise before and after alignment, as histogram and QQ-plot. Fig. 8: the same at one
-    rate, and every rate's cosine through both stages. Fig. 2's idea: cosine -> timestep."""
+    """Fig. 4: residual noise before and after alignment, as histogram and QQ-plot, on training crops. Fig. 8:
+    the same at one rate, and every rate's cosine through both stages. Fig. 2's idea: cosine -> timestep."""
     plt, model, results = pyplot(), oscar.load(args.weights), {}
-    header = read_json(args.weights / "config.json")
+    config = read_json(args.weights / "config.json")
     table = read_json(args.weights / "model" / "mapping.json")
-    with torch.inference_mode():
-        x = (pad_to(to_tensor(photo)[None], model.cell) for photo in read_all(list_images(args.data)))
-        z = [model.sd.encode(x_hq.to(device())).float() for x_hq in x]
-    torch.manual_seed(header["seed"])
-    untrained = oscar.HyperEncoders(oscar.Stage1.read(header), z[0].shape[1]).to(device())
-    oscar.set_gain(untrained, z)
+    cfg = oscar.Stage1.read(config)
+    z = training_latents(oscar, model.sd, config, cfg)
+    before, after = hyper_encoders_of(oscar, args.weights, config, cfg, z)
+    kinds = (("before", before, "tab:orange"), ("after", after, "tab:blue"),
+             ("after stage 2", model.hyper_encoders, None))  # of the last the numbers, no picture
     fig4, axes = plt.subplots(2, 6, figsize=(16, 5), layout="constrained")
     fig8, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for i, r in enumerate((0, 2, 7)):
-        pair = (("before", untrained[r], "tab:orange"), ("after", model.hyper_encoders[r], "tab:blue"))
-        for j, (when, Q, color) in enumerate(pair):
-            eps, name = residual(Q, z, model.sd.alpha_bar[model.t[r]]), f"{oscar.NAMES[r]} bpp, {when}"
-            results[name] = draw_residuals(plt, axes[:, 2 * i + j], eps, name, color)
-            if r == 2:
+        a = model.sd.alpha_bar[table[oscar.NAMES[r]]["t"]]
+        for j, (when, Qs, color) in enumerate(kinds):
+            eps, name = residual(Qs[r], z, a), f"{oscar.NAMES[r]} bpp, {when}"
+            results[name] = describe(eps, torch.cat([z_0.flatten() for z_0 in z]).cpu(), a.cpu())
+            if color:
+                draw_residuals(axes[:, 2 * i + j], eps, name, color)
+            if color and r == 2:
                 draw_histogram(left, eps, f"{when} alignment", color)
     left.set_title(f"residual noise, {oscar.NAMES[2]} bpp")
     left.legend(fontsize=7)
@@ -250,12 +275,15 @@ def oscar_figures(oscar, args) -> None:
     axis.set(xlabel="pseudo diffusion timestep t", ylabel="cosine similarity")
     axis.legend(fontsize=7)
     save({"fig2": fig2, "fig4": fig4, "fig8": fig8}, args.weights)
-    print(text_table(["residual noise", "mean", "deviation", "excess kurtosis"],
-                     [[name, *v] for name, v in results.items()]))
-    now = oscar.F_sim(model.hyper_encoders, z)
-    rows = [[f"{k} bpp", table[k]["cosine"], f, f - table[k]["cosine"]] for k, f in zip(oscar.NAMES, now)]
-    print("\ncosine: the mapping's, on training crops before stage 2, and now, on these photographs\n"
-          + text_table(["", "mapping's", "now", "difference"], rows))
+    print(text_table(["residual noise", "mean", "deviation", "excess kurtosis", "cosine to z_0",
+                      "RMS of z_tilde / z_0"], [[name, *v] for name, v in results.items()]))
+    with torch.inference_mode():
+        x = (pad_to(to_tensor(photo)[None], model.cell) for photo in read_all(list_images(args.data)))
+        photos = [model.sd.encode(x_hq.to(device())).float() for x_hq in x]
+    now, on_photos = (oscar.F_sim(model.hyper_encoders, latents).tolist() for latents in (z, photos))
+    rows = [[f"{k} bpp", table[k]["cosine"], *fs] for k, *fs in zip(oscar.NAMES, now, on_photos)]
+    print("\ncosine: the mapping's, on training crops before stage 2; now, on them and on the photographs\n"
+          + text_table(["", "mapping's", "now", "photographs"], rows))
 
 
 # ------------------------------------------------------------------------------------ MoE-DiffIR
