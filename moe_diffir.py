@@ -1,16 +1,16 @@
 """MoE-DiffIR: Task-customized Diffusion Priors for Universal Compressed Image Restoration (ECCV 2024,
 arXiv 2407.10833v1).
 
-    x_lq -> VAE enc -> z_lq -> + noise -> z_t -> UNet -> eps -> x0, or N DDIM steps -> z_0 -> VAE dec -> x_hat
-      |                  \\-> MoE-Prompt Module --^ SPADE on skips, mid block   compensator (stage 2) --^
-      |-> prior DP -----------> its routers                                   (encoder features of x_lq)
+    x_lq -> VAE enc -> z_lq -> z_t at t* -> UNet -> eps -> x0, or N DDIM steps -> z_0 -> VAE dec -> x_hat
+      |                  \\-> MoE-Prompt Module --^ SPADE in ResBlocks       compensator (stage 2) --^
+      |-> prior DP -----------> its routers                                (encoder features of x_lq)
       \\-> quality enhancer -> CLIP -> Visual2Text adapter -> c (the UNet's text tokens)
 
 | paper    | code       | shape                | range                                                       |
 | -------- | ---------- | -------------------- | ----------------------------------------------------------- |
 | LQ, hr   | x_lq, x_hq | (B, 3, H, W)         | [-1, 1]; the compressed image and its original              |
 | z_lq     | z_lq       | (B, C, H / 8, W / 8) | latent of x_lq, scaling factor applied                      |
-| z_t, z_0 | z_t, z_0   | as z_lq              | noised latent; the UNet's estimate of the original's latent |
+| z_t, z_0 | z_t, z_0   | as z_lq              | latent at time t; the original's, or the UNet's estimate    |
 | DP       | dp         | (B, M, D)            | degradation prior, tokens of an image encoder               |
 | x        | x          | (B, width)           | a router's input, pooled; one router for each scale         |
 | G(x)     | gates      | (B, N)               | K softmax values, the others 0                              |
@@ -44,13 +44,13 @@ from common import (PHOTOS, SD, SD21_BASE, CommandLine, Crops, Run, Stage, Tiles
 # ------------------------------------------------------------------------------------ configurations
 
 CLIP_B32, CLIP_H14 = "openai/clip-vit-base-patch32", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-PROMPTS, LPIPS = ("none", "single", "multiple", "moe"), ("small", "vgg")
+PROMPTS, LPIPS, STARTS = ("none", "single", "multiple", "moe"), ("small", "vgg"), ("lq", "noise")
 Benchmark = dict[Path, list[tuple[int, Path]]]  # photograph: [(number of the task, compressed version), ...]
 
 
-def check(flag: str, value: float, least: int, most: int) -> None:
+def check(flag: str, value: float, least: int, most: int, why: str = "") -> None:
     if not least <= value <= most:
-        raise UserError(f"{flag} {value}: must be from {least} to {most}")
+        raise UserError(f"{flag} {value}: must be from {least} to {most}{why}")
 
 
 @dataclass
@@ -68,7 +68,9 @@ class Stage1(Stage):
     enhancer: int        = both(1,        4,         "ours: transformer blocks of the quality enhancer")
     lambda_dp: float     = both(0.1,      0.0,       "ours: small prior tells tasks apart, as DA-CLIP's")
     crop: int            = both(128,      256,       "Sec. 4.1")
-    t_max: int           = both(499,      999,       "Eq. 2: t is uniform in 0..t_max", most=999)
+    start: str           = both("lq",     "noise",   "Eq. 2; see stage1 and sample", "start", STARTS)
+    start_t: int         = both(99,       999,       "ours: t* of 'lq'; where sampling starts", most=999)
+    t_max: int           = both(499,      999,       "Eq. 2: 'noise' has t uniform in 0..t_max", most=999)
     lr: float            = both(1e-3,     5e-5,      "Sec. 4.1")
     clip: float          = both(1.0,      1.0,       "ours: gradient norm; 0 clips nothing")
     batch: int           = both(8,        32,        "Sec. 4.1")
@@ -77,17 +79,19 @@ class Stage1(Stage):
     def __post_init__(self):
         super().__post_init__()
         check("--top-k", self.top_k, 1, self.experts)
-        check("--s1-t-max", self.t_max, 0, 999)
         if self.width % self.heads or self.width % 4:
             raise UserError(f"--s1-width {self.width}: must be a multiple of 4 and --s1-heads {self.heads}")
+
+    def check_steps(self, flag: str, steps: int) -> None:
+        most = 1 if self.start == "lq" else self.start_t + 1
+        check(flag, steps, 1, most, f" (--start {self.start}, --s1-start-t {self.start_t})")
 
 
 @dataclass
 class Stage2(Stage):
     """Decoder compensator, Sec. 3.4."""
     #                           tiny run  paper run
-    start_t: int         = both(1,        999,       "ours: sampling starts at it, noised to it", most=999)
-    sampling: tuple      = both((1, 2),   (1, 50),   "ours: numbers of steps, in turn; all are evaluated")
+    sampling: int        = both(1,        50,        "ours: steps that make z_0, here and in restore")
     levels: int          = both(1,        4,         "ours: decoder levels compensated, from full size down")
     blocks: int          = both(0,        2,         "ours: residual blocks at each of them")
     lpips: str           = both("small",  "vgg",     "Eq. 4; 'small' needs no download", None, LPIPS)
@@ -101,11 +105,7 @@ class Stage2(Stage):
 
     def __post_init__(self):
         super().__post_init__()
-        check("--s2-start-t", self.start_t, 0, 999)
-        for n in self.sampling:
-            check("--s2-sampling", n, 1, self.start_t + 1)
         check("--s2-levels", self.levels, 1, 4)
-        check("--cache-latents", self.cache_latents, 0, 10**9)
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -242,17 +242,18 @@ class MoEPromptModule(nn.Module):
 
 
 class SPADE(nn.Module):
-    """h -> h + gamma Norm(h) + beta, gamma and beta by convolutions from the module's feature at h's scale;
+    """h -> h + gamma Norm(h) + beta, gamma and beta by convolutions from the module's feature f at h's scale;
     they start at zero, from the untouched UNet. DIFFERS: Park et al. (2019) keep only the normalised h, which
     would change the UNet from the start."""
 
-    def __init__(self, c: int, hidden: int, groups: int):
+    def __init__(self, c_f: int, c: int, hidden: int, groups: int):
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, affine=False)
-        self.maps = nn.Sequential(nn.Conv2d(c, hidden, 3, padding=1), nn.SiLU(),
+        self.maps = nn.Sequential(nn.Conv2d(c_f, hidden, 3, padding=1), nn.SiLU(),
                                   zero_init(nn.Conv2d(hidden, 2 * c, 3, padding=1)))
 
-    def forward(self, h: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    def forward(self, h: Tensor, f: Tensor) -> Tensor:
+        gamma, beta = self.maps(f).chunk(2, 1)
         return h + self.norm(h) * gamma + beta
 
 
@@ -270,7 +271,7 @@ def clip_encoder(name: str, flag: str, weights: bool = True) -> nn.Module:
     if name == "small" or not weights:
         return CLIPVisionModel(CLIPVisionConfig(**CLIP_SIZES[name])).requires_grad_(name == "small")
     try:
-        return CLIPVisionModel.from_pretrained(name).requires_grad_(False)
+        return CLIPVisionModel.from_pretrained(name).float().requires_grad_(False)
     except Exception as error:  # no network, no such repository, a folder that holds something else
         why = str(error).splitlines()[0][:150]
         raise UserError(f"{flag} {name}: no CLIP image encoder there ({why}); give a local folder") from None
@@ -406,9 +407,8 @@ class Compensator(nn.Module):
         """Sets the units from some pictures' latents and features."""
         def measure(i, e, h):
             std, mean = torch.std_mean(torch.cat([e, h], 1).float(), (0, 2, 3), keepdim=True)
-            std[std < 1e-6] = 1  # a channel that never changes stays as it is
             getattr(self, f"mean{i}").copy_(mean[0])
-            getattr(self, f"std{i}").copy_(std[0])
+            getattr(self, f"std{i}").copy_(std[0].clamp(min=1e-3))  # a channel may never change
         with self.at_levels(sd, features, measure):
             sd.decode(z)
 
@@ -426,16 +426,16 @@ class MoEDiffIR(nn.Module):
                  weights: bool = True):
         """`empty` (L, D_text): the empty caption's tokens; `tasks`: how many the small prior tells apart."""
         super().__init__()
-        self.base, self.sd = base, SD(base, weights=weights)
-        self.cell = self.multiple = self.sd.multiple
+        self.base, self.sd, self.cfg = base, SD(base, weights=weights), cfg
+        self.cell, self.multiple = self.sd.f, self.sd.multiple
         unet, vae = self.sd.unet.config, self.sd.vae.config
         self.prior = None
         if cfg.prompt == "moe" and cfg.dp != "none":
             self.prior = SmallPrior(tasks) if cfg.dp == "small" else Prior(cfg.dp, weights)
         dp_width = self.prior.width if self.prior else None
         self.module = MoEPromptModule(cfg, vae.latent_channels, unet.block_out_channels, dp_width)
-        widths = [*unet.block_out_channels, unet.block_out_channels[-1]]  # the last: the mid block's
-        self.spade = nn.ModuleList(SPADE(c, cfg.width, unet.norm_num_groups) for c in widths)
+        self.spade = nn.ModuleList(SPADE(unet.block_out_channels[i], conv2.out_channels, cfg.width,
+                                         unet.norm_num_groups) for i, conv2 in self.branches())
         self.v2t = Visual2Text(cfg, *empty.shape, weights) if cfg.v2t != "none" else None
         self.register_buffer("empty", empty)
         self.compensator = Compensator(vae.block_out_channels, cfg2) if cfg2 else None
@@ -445,17 +445,25 @@ class MoEDiffIR(nn.Module):
         c = self.empty.expand(len(x_lq), -1, -1)
         return c if self.v2t is None else c + self.v2t(x_lq)
 
-    def modulation(self, features: list[Tensor]):
-        """Within it the UNet's skips and its mid block are modulated by the module's features (Sec. 3.4)."""
-        unet = self.sd.unet
-        maps = [spade.maps(f).chunk(2, 1) for spade, f in zip(self.spade, [*features, features[-1]])]
+    def degradation_prior(self, x_lq: Tensor) -> Tensor | None:
+        """dp, the mean over windows of the training crop's size that cover x_lq: reduced to the prior's input
+        a larger picture would lose what a codec left in it."""
+        size, (H, W) = self.cfg.crop, x_lq.shape[2:]
+        ys, xs = (np.linspace(0, max(0, n - size), -(-n // size)).round().astype(int) for n in (H, W))
+        windows = [x_lq[..., y:y + size, x:x + size] for y in ys for x in xs]
+        return sum(map(self.prior, windows)) / len(windows) if self.prior else None
 
-        def on_skips(i, block, args, output):
-            h, skips = output
-            n = len(block.resnets)  # after these comes the downsampled map, the next scale's
-            return h, (*(self.spade[i](s, *maps[i]) for s in skips[:n]), *skips[n:])
-        return forward_hooks(*((b, functools.partial(on_skips, i)) for i, b in enumerate(unet.down_blocks)),
-                             (unet.mid_block, lambda _, args, h: self.spade[-1](h, *maps[-1])))
+    def branches(self) -> list[tuple[int, nn.Module]]:
+        """(scale, last layer of a residual branch) where StableSR has SPADE: the mid block's first ResBlock's
+        and those of the up blocks."""
+        up, mid = enumerate(reversed(self.sd.unet.up_blocks)), self.sd.unet.mid_block.resnets[0]
+        scales = [(i, resnet.conv2) for i, block in up for resnet in block.resnets]
+        return [*scales, (scales[-1][0], mid.conv2)]
+
+    def modulation(self, features: list[Tensor]) -> ExitStack:
+        """Within it skip(h) + branch(h) of these ResBlocks is skip(h) + SPADE(branch(h)) (Sec. 3.4)."""
+        return forward_hooks(*((conv2, lambda _, args, h, spade=spade, i=i: spade(h, features[i]))
+                               for spade, (i, conv2) in zip(self.spade, self.branches())))
 
     def denoise(self, z_t: Tensor, t: Tensor, z_lq: Tensor, dp: Tensor | None, c: Tensor,
                 noise: Tensor | None = None, gates: list[Tensor] | None = None):
@@ -472,7 +480,7 @@ class MoEDiffIR(nn.Module):
 
     def forward(self, z_t: Tensor, t: Tensor, z_lq: Tensor, x_lq: Tensor, noise: Tensor):
         """Training: (eps_hat, gates, the small prior's guess of the task or None)."""
-        dp = self.prior(x_lq) if self.prior else None
+        dp = self.degradation_prior(x_lq)
         out, gates = self.denoise(z_t, t, z_lq, dp, self.text(x_lq), noise)
         guess = self.prior.head(dp.mean(1)) if isinstance(self.prior, SmallPrior) else None
         return self.eps(z_t, out, self.sd.alpha_bar[t]), gates, guess
@@ -486,12 +494,13 @@ class MoEDiffIR(nn.Module):
             return z_0
         return diffuse(z_0, self.eps(z_t, out, alpha_bar[t]), alpha_bar[t_next])
 
-    def sample(self, z_lq: Tensor, dp: Tensor | None, c: Tensor, start_t: int, steps: int, noise: Tensor,
+    def sample(self, z_lq: Tensor, dp: Tensor | None, c: Tensor, steps: int, noise: Tensor,
                tiles=lambda step, *maps: step(*maps)) -> tuple[Tensor, dict[int, list[Tensor]]]:
         """(z_0, {t: gates}) in `steps` calls of the UNet: z_lq is noised to start_t, then DDIM over evenly
-        spaced timesteps to 0. With one step it is the x0 prediction."""
-        ts, gates = [round(start_t * (steps - i) / steps) for i in range(steps)], {}
-        z = diffuse(z_lq, noise, self.sd.alpha_bar[start_t])
+        spaced timesteps to 0. With one step it is the x0 prediction. Start "lq": z_lq gets no noise."""
+        ts, gates = [round(self.cfg.start_t * (steps - i) / steps) for i in range(steps)], {}
+        alpha_bar = self.sd.alpha_bar[self.cfg.start_t].to(z_lq.device)
+        z = alpha_bar.sqrt() * z_lq if self.cfg.start == "lq" else diffuse(z_lq, noise, alpha_bar)
         for t, t_next in zip(ts, [*ts[1:], None]):
             # in tiles the mosaic goes first, and its gates are every window's
             z = tiles(functools.partial(self.step, t, t_next, dp, c, gates), z, z_lq)
@@ -503,10 +512,6 @@ class MoEDiffIR(nn.Module):
         last_layers = (block.resnets[-1] for block in self.sd.vae.encoder.down_blocks)
         with forward_hooks(*((layer, lambda _, args, h: features.append(h)) for layer in last_layers)):
             return self.sd.encode(x, noise), features
-
-    def decode(self, z_0: Tensor, features: list[Tensor], w: float = 1.0) -> Tensor:
-        """x_hat of z_0, compensated with weight w by the encoder's features of x_lq; at w = 0 plain."""
-        return self.compensator(self.sd, z_0, features, w) if w else self.sd.decode(z_0)
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -545,15 +550,17 @@ def loss_decoder(lpips: nn.Module, x_hat: Tensor, x_hq: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------ stage 1
 
 
-def stage1(run: Run, cfg: Stage1, benchmark: Benchmark) -> None:
+def stage1(run: Run, cfg: Stage1, benchmark: Benchmark) -> MoEDiffIR:
     """MoE-Prompt Module and Visual2Text adapter, all else frozen, Sec. 3.4. DIFFERS: the paper says "only the
-    MoE-Prompt Module", but has no other stage for the adapter and its quality enhancer."""
+    MoE-Prompt Module", but has no other stage for the adapter and its quality enhancer.
+    DIFFERS: with start "lq", the tiny run's, z_t = sqrt(alpha_bar) z_lq at one t*, which one step restores;
+    Eq. 2's eps is what makes z_0 that z_t. (One step cannot take out the noise that it was given.)"""
     torch.manual_seed(run.seed)
     model = MoEDiffIR(run.base, cfg, common.text_tokens(run.base, [""])[0], len(run.config["tasks"]))
     modules = {"UNet": model.sd.unet, "VAE": model.sd.vae, "MoE-Prompt Module": model.module,
                "SPADE": model.spade, "degradation prior": model.prior, "Visual2Text": model.v2t}
     acc = run.start(1, cfg, some_unused=cfg.v2t == "small", **{name: m for name, m in modules.items() if m})
-    pairs = CIRPairs(benchmark, cfg, model.multiple, run.seed)
+    pairs = CIRPairs(benchmark, cfg, model.cell, run.seed)
     optimizer = torch.optim.Adam(model.parameters(), cfg.lr, betas=(0.9, 0.999))
     model, optimizer = acc.prepare(model, optimizer)
     model.train()
@@ -566,6 +573,9 @@ def stage1(run: Run, cfg: Stage1, benchmark: Benchmark) -> None:
                 z_0 = sd.encode(x_hq, noise_for(n, shape, run.seed, 4)).float()
             t = n.new_tensor([rng(run.seed, 5, i).integers(cfg.t_max + 1) for i in n.tolist()])
             eps = noise_for(n, shape, run.seed, 6)
+            if cfg.start == "lq":
+                t, a = torch.full_like(n, cfg.start_t), sd.alpha_bar[cfg.start_t]
+                eps = (a / (1 - a)).sqrt() * (z_lq - z_0)  # (z_t - sqrt(a) z_0) / sqrt(1 - a)
             z_t = diffuse(z_0, eps, sd.alpha_bar[t])
             eps_hat, gates, guess = model(z_t, t, z_lq, x_lq, noise_for(n, router_shape, run.seed, 7))
             terms = {"sd": loss_sd(eps_hat, eps)}
@@ -579,6 +589,7 @@ def stage1(run: Run, cfg: Stage1, benchmark: Benchmark) -> None:
                 for e, share in enumerate((g > 0).float().mean(0))}
         run.log(**terms, loss=loss, **load)
     run.save(model)
+    return acc.unwrap_model(model).eval()
 
 
 def load_stage1(weights: Path, base: str | Path, cfg2: Stage2) -> MoEDiffIR:
@@ -608,36 +619,26 @@ class LatentPairs(CIRPairs):
 
 @torch.no_grad()
 def make_latents(model: MoEDiffIR, cfg: Stage2, n: Tensor, x_lq: Tensor, seed: int) -> Tensor:
-    """z_0 (B, C, h, w) of samples n by stage 1's model, each in as many steps as its number says."""
-    z_lq, _ = model.encode(x_lq)
-    dp, c = model.prior(x_lq) if model.prior else None, model.text(x_lq)
-    noise, z_0 = noise_for(n, z_lq.shape[1:], seed, 8), torch.empty_like(z_lq, dtype=torch.float32)
-    for i, steps in enumerate(cfg.sampling):
-        rows = (n % len(cfg.sampling) == i).nonzero()[:, 0]
-        if len(rows):
-            own_dp, z = None if dp is None else dp[rows], z_lq[rows].float()
-            z_0[rows] = model.sample(z, own_dp, c[rows], cfg.start_t, steps, noise[rows])[0]
-    return z_0
+    """z_0 (B, C, h, w) of samples n by stage 1's model, as `restore` makes it."""
+    z_lq = model.encode(x_lq)[0].float()
+    dp, c, noise = model.degradation_prior(x_lq), model.text(x_lq), noise_for(n, z_lq.shape[1:], seed, 8)
+    return model.sample(z_lq, dp, c, cfg.sampling, noise)[0]
 
 
 def cache_latents(run: Run, cfg: Stage2, model: MoEDiffIR, pairs: LatentPairs) -> Path:
     """The file of the first cfg.cache_latents samples' z_0. A row that is not made yet is NaN, so that a run
     killed at any moment goes on where it was; the name says what rows depend on beside the run."""
-    settings = "-".join(map(str, (cfg.cache_latents, cfg.crop, cfg.start_t, *cfg.sampling)))
-    path, acc, batch = run.folder / "latents" / f"{settings}.npy", run.acc, cfg.batch
-    if run.main and not path.exists():
-        unmade = np.full((cfg.cache_latents, *model.sd.latent_shape(cfg.crop)), np.nan, np.float32)
-        common.atomic(path, lambda tmp: np.save(tmp, unmade))
-    acc.wait_for_everyone()
+    acc, path = run.acc, run.folder / "latents" / f"{cfg.cache_latents}-{cfg.crop}-{cfg.sampling}.npy"
+    unmade = np.full((cfg.cache_latents, *model.sd.latent_shape(cfg.crop)), np.nan, np.float32)
+    run.first(lambda: path.exists() or common.atomic(path, lambda tmp: np.save(tmp, unmade)))
     z_0 = np.load(path, mmap_mode="r+")
-    firsts = range(acc.process_index * batch, len(z_0), acc.num_processes * batch)
-    for first in tqdm(firsts, "latents", unit="batch", disable=None if run.main else True):
-        rows = z_0[first:first + batch]
-        if np.isnan(rows).any():
-            n = torch.arange(first, first + len(rows), device=acc.device)
-            x_lq = torch.stack([pairs[i][1] for i in n.tolist()]).to(acc.device)
-            with acc.autocast():
-                rows[:] = make_latents(model, cfg, n, x_lq, run.seed).cpu()
+    own = torch.arange(len(z_0)).split(cfg.batch)[acc.process_index::acc.num_processes]
+    todo = [rows for rows in map(Tensor.tolist, own) if np.isnan(z_0[rows]).any()]
+    loader = torch.utils.data.DataLoader(pairs, batch_sampler=todo, num_workers=cfg.workers,
+                                         worker_init_fn=common.leave_ctrl_c_to_the_parent)
+    for n, x_lq, _, _ in tqdm(loader, "latents", unit="batch", disable=None if run.main else True):
+        with acc.autocast():
+            z_0[n.numpy()] = make_latents(model, cfg, n.to(acc.device), x_lq.to(acc.device), run.seed).cpu()
     acc.wait_for_everyone()
     return path
 
@@ -650,7 +651,7 @@ def stage2(run: Run, cfg: Stage2, benchmark: Benchmark) -> None:
     lpips, name = (FeatureDistance(), "features") if cfg.lpips == "small" else (lpips_vgg(), "lpips")
     acc = run.start(2, cfg, **{"stage 1's model": model, "compensator": compensator})
     acc.print("loss:", "LPIPS-VGG" if name == "lpips" else "random features' distance, not the metric LPIPS")
-    pairs = LatentPairs(benchmark, cfg, model.multiple, run.seed + 1, cfg.cache_latents)
+    pairs = LatentPairs(benchmark, cfg, model.cell, run.seed + 1, cfg.cache_latents)
     model.to(acc.device).eval()
     lpips.to(acc.device)
     if cfg.cache_latents:
@@ -685,37 +686,33 @@ def load(weights: Path, base: str | None = None) -> MoEDiffIR:
     model = load_stage1(weights, base or header["base"], cfg)
     model.sd.check(header, weights)
     load_trained(model.compensator, tensors, weights)
-    model.start_t, model.sampling, model.tasks = cfg.start_t, cfg.sampling, header["tasks"]
+    model.sampling, model.tasks = cfg.sampling, header["tasks"]
     return common.for_inference(model)
 
 
 @torch.inference_mode()
-def restore(model: MoEDiffIR, image: Image.Image, steps: int = 1, start_t: int | None = None,
-            fidelity: float = 1.0, tile: int | None = None) -> tuple[Image.Image, list[Tensor]]:
+def restore(model: MoEDiffIR, image: Image.Image, steps: int | None = None, fidelity: float = 1.0,
+            tile: int | None = None) -> tuple[Image.Image, list[Tensor]]:
     """One compressed image, any size -> (its restored self, gates (N,) of every scale at the first timestep).
-    The noise is the same every time. In tiles prior and gates are those of the mosaic that stands for all."""
+    The noise is the same every time. In tiles the gates are those of the mosaic that stands for all."""
     x_lq = to_tensor(image)[None].to(device())
-    x = pad_to(x_lq, model.cell)
+    x, dp, c = pad_to(x_lq, model.cell), model.degradation_prior(x_lq), model.text(x_lq)
     tiles = Tiles(model, x, model.cell, tile, model.multiple)  # without `tile`, tiles(f, x) is f(x)
     encode = functools.lru_cache(1)(model.encode)  # without `tile`, decoding asks for the same x again
-    dp, c = model.prior(tiles.mosaic(x)) if model.prior else None, model.text(x_lq)
     z_lq = tiles(lambda x: encode(x)[0], x).float()
     noise = torch.randn(z_lq.shape, generator=torch_rng(0)).to(z_lq.device)
-    start_t = model.start_t if start_t is None else start_t
-    z_0, gates = model.sample(z_lq, dp, c, start_t, steps, noise, tiles)
-    x_hat = tiles(lambda z_0, x: model.decode(z_0, encode(x)[1], fidelity), z_0, x)
-    return to_image(x_hat[0, :, :image.height, :image.width]), [g[0].float().cpu() for g in gates[start_t]]
+    z_0, gates_at = model.sample(z_lq, dp, c, steps or model.sampling, noise, tiles)
+    x_hat = tiles(lambda z_0, x: model.compensator(model.sd, z_0, encode(x)[1], fidelity), z_0, x)
+    gates = [g[0].float().cpu() for g in gates_at[model.cfg.start_t]]
+    return to_image(x_hat[0, :, :image.height, :image.width]), gates
 
 
-def sampling_options(args, model: MoEDiffIR, steps: tuple[int, ...]) -> dict:
+def sampling_options(args, model: MoEDiffIR, steps: list[int]) -> dict:
     """restore's options, checked."""
-    start_t = model.start_t if args.start_t is None else args.start_t
-    check("--start-t", start_t, 0, len(model.sd.alpha_bar) - 1)
     for n in steps:
-        check("--steps", n, 1, start_t + 1)
+        model.cfg.check_steps("--steps", n)
     check("--fidelity", args.fidelity, 0, 1)
-    tile = common.check_tile(args.tile, model.multiple)
-    return {"start_t": start_t, "fidelity": args.fidelity, "tile": tile}
+    return {"fidelity": args.fidelity, "tile": common.check_tile(args.tile, model.multiple)}
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -723,16 +720,18 @@ def sampling_options(args, model: MoEDiffIR, steps: tuple[int, ...]) -> dict:
 
 def train(args) -> None:
     from data import make_cir
+    from data.results import evaluate
     cfg1, cfg2 = Stage1.of(args), Stage2.of(args)
+    cfg1.check_steps("--s2-sampling", cfg2.sampling)
     caches = make_cir.caches_of(args.data or [PHOTOS / "train"], args.cache)
     tasks = make_cir.training_tasks(args.codecs, caches)
+    make_cir.refuse_to_wait(caches, tasks)
     run = Run(args, "moe_diffir", SD21_BASE, cfg1, cfg2, tasks=[":".join(task) for task in tasks])
-    if run.main:
-        make_cir.complete(caches, tasks)
-    run.processes.wait_for_everyone()
+    run.first(make_cir.complete, caches, tasks)
     benchmark = make_cir.read(caches, tasks)
     if args.stage in ("1", "all"):
-        stage1(run, cfg1, benchmark)
+        model = stage1(run, cfg1, benchmark)
+        run.first(evaluate.print_latent_errors, model, args.val or [PHOTOS / "val"], tasks)
     if args.stage in ("2", "all"):
         stage2(run, cfg2, benchmark)
         run.evaluate("--lowest")
@@ -741,15 +740,15 @@ def train(args) -> None:
 def model_flags(p) -> None:
     """Of restore and eval."""
     common.model_flags(p, "moe_diffir")
-    p.add_argument("--start-t", type=int, help="timestep at which sampling starts (default: the run's)")
     p.add_argument("--fidelity", type=float, default=1.0, help="the compensator's weight, 0 to 1")
 
 
 def restorer(args):
     """What restore does: image -> (restored image, remark)."""
     model = load(args.weights, args.base)
-    options = sampling_options(args, model, (args.steps,))
-    return lambda image: (restore(model, image, args.steps, **options)[0], "")
+    steps = model.sampling if args.steps is None else args.steps
+    options = sampling_options(args, model, [steps])
+    return lambda image: (restore(model, image, steps, **options)[0], "")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -763,7 +762,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--no-v2t", dest="clip", action="store_const", const="none", help="Table 3: empty prompt")
     p = cli.restore(restorer)
     model_flags(p)
-    p.add_argument("--steps", type=int, default=1, help="calls of the UNet")
+    p.add_argument("--steps", type=int, help="calls of the UNet (default: as many as it was trained with)")
     cli.run(argv)
 
 

@@ -19,6 +19,7 @@ import functools
 import io
 import json
 import os
+import shlex
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -293,9 +294,30 @@ def training_tasks(names: list[str] | None, caches: Caches) -> list[Task]:
     return available(parse_tasks(names or TRAINED))[0] + sorted(added)
 
 
+def several_processes() -> bool:
+    """Whether `accelerate launch` or torchrun started this, which say so in the environment."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def refuse_to_wait(caches: Caches, tasks: list[Task]) -> None:
+    """Of several processes one would make what is not there yet, and the others give up waiting for it."""
+    wanted, commands = [task for task in tasks if task[0] in RANGE], []
+    for folders, out in caches if several_processes() else ():
+        record = out / "bench.json"
+        failed = " ".join(read_json(record)["failed"]) if record.exists() else ""
+        if any(not (out / codec / level / original.relative_to(out / "original")).exists()
+               for file, original in originals(folders, out) if str(file) not in failed
+               for codec, level in wanted):
+            command = ["python", "-m", "data.make_cir", "--data", *map(str, folders), "--out", str(out),
+                       "--codecs", *map(":".join, wanted)]
+            commands.append(shlex.join(command))
+    if commands:
+        raise UserError(f"--data: make the benchmark before several processes train: {' && '.join(commands)}")
+
+
 def complete(caches: Caches, tasks: list[Task]) -> None:
-    """Makes what is not there yet, and says what there is."""
-    for folders, out in caches:
+    """Makes what is not there yet, if no other process waits for it, and says what there is."""
+    for folders, out in () if several_processes() else caches:
         bench(folders, out, [task for task in tasks if task[0] in RANGE])
     print(f"trains on {coverage(tasks)}")
 

@@ -4,6 +4,8 @@ command line end to end."""
 import io
 import json
 import re
+import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -26,7 +28,7 @@ from conftest import said_by
 from data import make_cir
 from data.files import load_tensors
 from data.make_cir import LEVELS, compress
-from data.results.evaluate import routing
+from data.results.evaluate import print_latent_errors, routing
 from moe_diffir import CIRPairs, MoEDiffIR, PromptGenerator, Stage1, Stage2, top_k_gates
 
 SMALL = Stage1(width=16, heads=2, prompt_length=4, crop=64)
@@ -296,53 +298,73 @@ def hooks(model):
     return sum(len(m._forward_hooks) for m in model.modules())
 
 
-def test_untrained_modulation_leaves_the_base_untouched(model, empty):
+@pytest.mark.parametrize("size", [(16, 8), (13, 9)])
+def test_untrained_modulation_leaves_the_base_untouched(model, empty, size):
+    """Of latents of any size: the module's strides end on the UNet's own."""
     g = torch.Generator().manual_seed(0)
-    z_t, z_lq, x = (torch.randn(s, generator=g) for s in ((2, 16, 16, 8), (2, 16, 16, 8), (2, 3, 128, 64)))
+    z_t, z_lq = (torch.randn(2, 16, *size, generator=g) for _ in range(2))
+    x = torch.randn(2, 3, *(8 * n for n in size), generator=g).clamp(-1, 1)
     t = torch.tensor([3, 700])
     with torch.no_grad():
-        eps_hat, *_ = model(z_t, t, z_lq, x.clamp(-1, 1), torch.randn(2, 3, 7, generator=g))
+        eps_hat, *_ = model(z_t, t, z_lq, x, torch.randn(2, 3, 7, generator=g))
         assert (eps_hat - model.sd.unet(z_t, t, empty.expand(2, -1, -1)).sample).abs().max() < 1e-6
         c = torch.randn(2, 77, 96, generator=g)
-        out, _ = model.denoise(z_t, t, z_lq, model.prior(x), c)
+        out, _ = model.denoise(z_t, t, z_lq, model.degradation_prior(x), c)
         assert (out - model.sd.unet(z_t, t, c).sample).abs().max() < 1e-6
     assert hooks(model) == 0
 
 
-def test_spade_is_its_formula_on_skips_and_mid_block(model):
-    """With known gamma and beta, against the UNet's blocks called one by one."""
+def resnet(block, h, emb, modulate=lambda h: h):
+    """A ResBlock of the UNet, layer by layer: skip(h) + branch(h), the branch modulated at its end."""
+    branch = block.conv1(F.silu(block.norm1(h))) + block.time_emb_proj(F.silu(emb))[:, :, None, None]
+    branch = modulate(block.conv2(F.silu(block.norm2(branch))))
+    return (h if block.conv_shortcut is None else block.conv_shortcut(h)) + branch
+
+
+@pytest.mark.parametrize("size", [(16, 16), (13, 9)])
+def test_spade_is_its_formula_on_the_residual_branches_of_stablesr(model, size):
+    """With known gamma and beta, against the UNet's mid and up blocks layer by layer."""
     unet, g = model.sd.unet, torch.Generator().manual_seed(1)
-    z, c = torch.randn(1, 16, 16, 16, generator=g), torch.randn(1, 77, 96, generator=g)
+    z, c = torch.randn(1, 16, *size, generator=g), torch.randn(1, 77, 96, generator=g)
     t, widths = torch.tensor([100]), (64, 96, 128)
-    features = [torch.randn(1, w, 16 // 2**i, 16 // 2**i, generator=g) for i, w in enumerate(widths)]
+    shapes = [[-(-n // 2**i) for n in size] for i in range(3)]
+    features = [torch.randn(1, w, *shape, generator=g) for w, shape in zip(widths, shapes)]
     before = [p.clone() for p in model.spade.parameters()]
     for p in model.spade.parameters():
         torch.nn.init.normal_(p, std=0.05, generator=g)
+    spade_of, seen = {conv2: spade for spade, (_, conv2) in zip(model.spade, model.branches())}, []
 
-    def modulated(h, i, j):
-        gamma, beta = model.spade[i].maps(features[j]).chunk(2, 1)
-        return h + gamma * F.group_norm(h, 32, eps=1e-5) + beta
-
-    def text_of(block):
-        return {"encoder_hidden_states": c} if hasattr(block, "attentions") else {}
+    def modulated(block, i):
+        def modulate(h):
+            seen.append(block)
+            gamma, beta = spade_of[block.conv2].maps(features[i]).chunk(2, 1)
+            return h + gamma * F.group_norm(h, 32, eps=1e-5) + beta
+        return modulate
     with torch.no_grad():
         emb = unet.time_embedding(unet.time_proj(t))
         h = unet.conv_in(z)
         skips = [h]
-        for i, block in enumerate(unet.down_blocks):
-            h, out = block(h, temb=emb, **text_of(block))
-            skips += [modulated(s, i, i) if s.shape[2:] == features[i].shape[2:] else s for s in out]
-        h = modulated(unet.mid_block(h, emb, encoder_hidden_states=c), 3, 2)
-        for block in unet.up_blocks:
-            n = len(block.resnets)
-            h = block(hidden_states=h, temb=emb, res_hidden_states_tuple=tuple(skips[-n:]), **text_of(block))
-            skips = skips[:-n]
+        for block in unet.down_blocks:
+            text = {"encoder_hidden_states": c} if hasattr(block, "attentions") else {}
+            h, out = block(h, temb=emb, **text)
+            skips += out
+        first, second = unet.mid_block.resnets
+        h = resnet(first, h, emb, modulated(first, 2))
+        h = resnet(second, unet.mid_block.attentions[0](h, encoder_hidden_states=c).sample, emb)
+        for i, block in zip((2, 1, 0), unet.up_blocks):
+            for j, res in enumerate(block.resnets):
+                h = resnet(res, torch.cat([h, skips.pop()], 1), emb, modulated(res, i))
+                if hasattr(block, "attentions"):
+                    h = block.attentions[j](h, encoder_hidden_states=c).sample
+            if i:
+                h = block.upsamplers[0](h, shapes[i - 1])
         expected = unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
         with model.modulation(features):
             got = unet(z, t, c).sample
         plain = unet(z, t, c).sample
     for p, old in zip(model.spade.parameters(), before):
         p.data = old
+    assert len(seen) == len(set(seen)) == len(model.spade) == 7  # the mid block's first, six that lead up
     assert torch.allclose(got, expected, atol=1e-4) and (got - plain).abs().max() > 0.01 and hooks(model) == 0
 
 
@@ -353,8 +375,9 @@ def test_hooks_go_even_when_something_fails(model):
     assert hooks(model) == 0
 
 
-def test_ddim_is_diffusers(model, empty):
+def test_ddim_is_diffusers(model, empty, monkeypatch):
     """Four steps from t = 800; the last one's clean latent."""
+    monkeypatch.setattr(model, "cfg", Stage1(start="noise", start_t=800))
     scheduler = DDIMScheduler.from_pretrained(TINY_SD, subfolder="scheduler", clip_sample=False,
                                               steps_offset=0, timestep_spacing="leading")
     scheduler.set_timesteps(5)
@@ -362,17 +385,50 @@ def test_ddim_is_diffusers(model, empty):
     z_lq, noise = (torch.randn(1, 16, 8, 8, generator=g) for _ in range(2))
     with torch.no_grad():
         dp, c = model.prior(torch.rand(1, 3, 64, 64, generator=g)), empty[None]
-        z_0, gates = model.sample(z_lq, dp, c, 800, 4, noise)
+        z_0, gates = model.sample(z_lq, dp, c, 4, noise)
         assert list(gates) == scheduler.timesteps.tolist()[:4] == [800, 600, 400, 200]
         z = scheduler.add_noise(z_lq, noise, torch.tensor([800]))
         for t in scheduler.timesteps[:4]:
             out = scheduler.step(model.denoise(z, t[None], z_lq, dp, c)[0], t, z)
             z = out.prev_sample
-        one, _ = model.sample(z_lq, dp, c, 800, 1, noise)
+        one, _ = model.sample(z_lq, dp, c, 1, noise)
         z = scheduler.add_noise(z_lq, noise, torch.tensor([800]))
         eps = model.denoise(z, torch.tensor([800]), z_lq, dp, c)[0]
         x0 = scheduler.step(eps, 800, z).pred_original_sample
     assert torch.allclose(z_0, out.pred_original_sample, atol=1e-3) and torch.allclose(one, x0, atol=1e-3)
+
+
+def test_one_step_starts_at_the_compressed_latent_itself(model, empty, monkeypatch):
+    """start "lq": x0 of sqrt(alpha_bar) z_lq at t*, no noise; the true eps* gives the original's."""
+    g = torch.Generator().manual_seed(3)
+    z_lq, z_0, noise = (torch.randn(1, 16, 8, 8, generator=g) for _ in range(3))
+    seen, a = [], model.sd.alpha_bar[99]
+    eps = (a.sqrt() * z_lq - a.sqrt() * z_0) / (1 - a).sqrt()
+
+    def denoise(z_t, t, *_, gates):
+        seen.append((z_t, t.tolist()))
+        return eps, []
+    monkeypatch.setattr(model, "denoise", denoise)
+    got, _ = model.sample(z_lq, None, empty[None], 1, noise)
+    (z_t, t), = seen
+    assert t == [99] and torch.equal(z_t, a.sqrt() * z_lq) and torch.allclose(got, z_0, atol=1e-5)
+
+
+def test_the_prior_sees_windows_of_the_training_crop(model):
+    """A picture made of one crop has the crop's prior; another the mean over windows that cover it; one
+    smaller than a window is seen as it is."""
+    crop, other, wide = torch.rand(3, 2, 3, 64, 64).mul(2).sub(1)
+    with torch.no_grad():
+        of_crop = model.prior(crop)
+        assert torch.equal(model.degradation_prior(crop), of_crop)
+        assert torch.allclose(model.degradation_prior(crop.repeat(1, 1, 3, 2)), of_crop, atol=1e-5)
+        two = torch.cat([crop, other], 3)
+        assert torch.allclose(model.degradation_prior(two), (of_crop + model.prior(other)) / 2, atol=1e-5)
+        halves = (model.prior(two[..., :64]) + model.prior(two[..., 36:100])) / 2
+        assert torch.allclose(model.degradation_prior(two[..., :100]), halves, atol=1e-5)
+        small = wide[:, :, :40, :50]
+        assert torch.equal(model.degradation_prior(small), model.prior(small))
+        assert (model.prior(two) - of_crop).abs().max() > 1e-3  # what the whole at once would give
 
 
 def test_eps_of_both_parametrisations(model):
@@ -407,6 +463,21 @@ def test_stage_1_moves_its_modules_and_nothing_else(empty):
     assert all(n.split(".")[0] != "sd" for n, p in model.named_parameters() if p.requires_grad)
 
 
+def test_the_module_learns_from_the_second_step_on(empty):
+    """SPADE's last layer is zero at first: only its gradient is not. After one step of it all have some."""
+    torch.manual_seed(0)
+    model, z = MoEDiffIR(TINY_SD, SMALL, empty, 12), torch.randn(2, 16, 8, 8)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for step in range(2):
+        optimizer.zero_grad()
+        eps_hat, *_ = model(z, torch.tensor([99, 99]), z, torch.rand(2, 3, 64, 64), torch.randn(2, 3, 7))
+        moe_diffir.loss_sd(eps_hat, torch.randn_like(z)).backward()
+        assert all(spade.maps[2].weight.grad.abs().sum() > 0 for spade in model.spade)
+        reached = [out.weight.grad.abs().sum() > 0 for out in model.module.out]
+        assert reached == [step == 1] * 3
+        optimizer.step()
+
+
 def test_losses_equal_their_formulas():
     a, b = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
     assert moe_diffir.loss_sd(a, b).item() == pytest.approx(np.square(a.numpy() - b.numpy()).mean(), rel=1e-5)
@@ -425,10 +496,12 @@ def test_compensator_at_w_0_is_the_plain_decoder(empty):
     z, features = model.encode(x)
     plain = model.sd.decode(z)
     assert [f.shape[1] for f in features] == [16, 32, 64, 128] and torch.equal(model.sd.encode(x), z)
-    assert torch.allclose(model.decode(z, features), plain, atol=1e-6)  # zero at first
+    def decode(w):
+        return model.compensator(model.sd, z, features, w)
+    assert torch.allclose(decode(1.0), plain, atol=1e-6)  # zero at first
     for fuse in model.compensator.fuse:
         torch.nn.init.normal_(fuse[-1].weight, std=0.02)
-    full, half, none = (model.decode(z, features, w) for w in (1.0, 0.5, 0.0))
+    full, half, none = map(decode, (1.0, 0.5, 0.0))
     assert torch.equal(none, plain) and hooks(model) == 0
     assert (full - plain).abs().mean() > (half - plain).abs().mean() > 1e-4
     gradients = grad(full.sum(), list(model.compensator.parameters()))
@@ -436,17 +509,24 @@ def test_compensator_at_w_0_is_the_plain_decoder(empty):
 
 
 def test_units_of_channels_and_of_those_that_never_change(empty):
-    """Deviations as measured; where one is 0, as of an encoder's unused channel, nothing is divided by it."""
+    """Deviations as measured; where one is 0 or nearly, as of an encoder's unused channel, a floor."""
     model = MoEDiffIR(TINY_SD, SMALL, empty, 12, Stage2(levels=2, blocks=0))
     x = torch.rand(4, 3, 64, 64) * 2 - 1
     with torch.no_grad():
         z, features = model.encode(x)
-        features[1][:, 3] = 5.0
+        features[1][:, 3], features[1][:, 4] = 5.0, 1e-5 * torch.randn(features[1][:, 4].shape)
         model.compensator.measure_units(model.sd, z, features)
         mean, std = model.compensator.mean0.flatten(), model.compensator.std0.flatten()  # level 0: half size
-        assert std[3] == 1 and mean[3] == 5 and (std > 0).all()
+        assert std[3] == std[4] == std.min() == pytest.approx(1e-3) and mean[3] == 5
         assert std[0] == pytest.approx(features[1][:, 0].std().item(), rel=1e-4)
-        assert model.decode(z, features).isfinite().all()
+    flat = [torch.zeros_like(f) for f in features]  # of blank pictures
+    for layer in model.compensator.fuse:
+        torch.nn.init.normal_(layer[-1].weight, std=0.02)
+    with torch.no_grad():
+        model.compensator.measure_units(model.sd, torch.zeros_like(z), flat)
+    x_hat = model.compensator(model.sd, z, features)
+    moved = grad(x_hat.square().mean(), list(model.compensator.parameters()))
+    assert x_hat.isfinite().all() and all(g.isfinite().all() for g in moved)
 
 
 @pytest.fixture(scope="module")
@@ -471,11 +551,18 @@ def test_clip_sees_the_picture_as_its_processor_would(clip):
     assert not any(p.requires_grad for p in prior.parameters())
 
 
+def test_a_clip_in_half_precision_is_run_in_single(clip, tmp_path):
+    CLIPVisionModel.from_pretrained(clip).half().save_pretrained(tmp_path)
+    x = torch.rand(1, 3, 64, 64)
+    assert moe_diffir.clip_encoder(str(tmp_path), "--clip").dtype == torch.float32
+    assert torch.allclose(moe_diffir.Prior(str(tmp_path))(x), moe_diffir.Prior(str(clip))(x), atol=0.02)
+
+
 # ---- the command line, end to end
 
 SHORT = ["--s1-width", 16, "--s1-heads", 2, "--s1-crop", 64, "--s1-batch", 2, "--s2-crop", 64,
-         "--s2-batch", 2, "--s2-sampling", "1,2", "--cache-latents", 5]
-LATENTS = "latents/5-64-1-1-2.npy"
+         "--s2-batch", 2, "--cache-latents", 5]
+LATENTS = "latents/5-64-1.npy"
 
 
 def train_args(out, val):
@@ -503,7 +590,8 @@ def test_train_end_to_end(run, val):
     out, printed = run
     for said in ("trains on 12 of the paper's 21 tasks, without c_psnr, c_ssim, hific", "stage 1 on",
                  "stage 2 on", "|grad sd|", "|grad features|", "not the metric LPIPS", "vvc:47, 2 images",
-                 "restored, 1 step", "restored, 2 steps", "VAE(original)", "gap, 2 steps",
+                 "restored, 1 step", "VAE(original)", "gap, 1 step",
+                 "latent error after one step, of the compressed latent's own: jpeg:5",
                  "what the chosen prompt set tells of the codec, 8"):
         assert said in printed, said
     rows = rows_of(out)
@@ -541,29 +629,35 @@ def test_restore_keeps_size_and_alpha_and_is_deterministic(run, trained, tmp_pat
     with_alpha.putalpha(77)
     with_alpha.save(tmp_path / "b.png")
     inputs, out = [str(tmp_path / name) for name in ("a.webp", "b.png")], tmp_path / "out"
-    moe_diffir.main(["restore", *inputs, "-o", str(out), "--weights", str(run[0]), "--steps", "2"])
+    moe_diffir.main(["restore", *inputs, "-o", str(out), "--weights", str(run[0])])
     lq = read_image(tmp_path / "a.webp")[0]
-    two, gates = moe_diffir.restore(trained, lq, 2)
-    assert np.array_equal(np.asarray(two), np.asarray(Image.open(out / "a.png"))) and two.size == (121, 90)
+    one, gates = moe_diffir.restore(trained, lq, 1)
+    assert np.array_equal(np.asarray(one), np.asarray(Image.open(out / "a.png"))) and one.size == (121, 90)
     assert [int((g > 0).sum()) for g in gates] == [3, 3, 3]
     assert set(np.array(Image.open(out / "b.png").getchannel("A")).ravel()) == {77}
-    one = np.asarray(moe_diffir.restore(trained, lq)[0])
-    assert not np.array_equal(one, np.asarray(two))
-    assert not np.array_equal(one, np.asarray(moe_diffir.restore(trained, lq, fidelity=0.0)[0]))
+    assert not np.array_equal(one, np.asarray(moe_diffir.restore(trained, lq, 1, fidelity=0.0)[0]))
 
 
-def test_a_whole_picture_is_encoded_once(trained, monkeypatch):
+def test_a_whole_picture_is_encoded_once_and_padded_to_8_pixels(trained, monkeypatch):
     """In windows the encoder's features are made again for each."""
     calls, real = [], trained.encode
     monkeypatch.setattr(trained, "encode", lambda x: calls.append(x.shape) or real(x))
-    moe_diffir.restore(trained, CAT.crop((0, 0, 250, 120)))
-    assert len(calls) == 1
-    moe_diffir.restore(trained, CAT.crop((0, 0, 250, 120)), tile=128)
+    whole = moe_diffir.restore(trained, CAT.crop((0, 0, 250, 120)), 1)[0]
+    assert calls == [(1, 3, 120, 256)]
+    tiled = moe_diffir.restore(trained, CAT.crop((0, 0, 250, 120)), 1, tile=128)[0]
     assert len(calls) == 1 + 2 * (1 + 3)  # encoding, decoding: the mosaic, then three windows
+    assert whole.size == tiled.size == (250, 120) and hooks(trained) == 0
+
+
+@pytest.mark.parametrize("size", [(1, 1), (9, 75), (150, 203)])
+def test_any_size_is_restored(trained, size):
+    picture = CAT.crop((0, 0, *size))
+    for tile in (None, 128):
+        assert moe_diffir.restore(trained, picture, 1, tile=tile)[0].size == size
 
 
 def test_bf16_and_tiles_keep_the_picture(run, trained, monkeypatch):
-    """What CUDA runs, here on the CPU; and windows, in two steps, with one mosaic's prior and gates."""
+    """What CUDA runs, here on the CPU; and windows, in two steps, with one mosaic's gates."""
     lq = compress(CAT.crop((0, 0, 300, 260)), "jpeg", "10")[0]
     whole, gates = moe_diffir.restore(trained, lq, 2)
     tiled, tiled_gates = moe_diffir.restore(trained, lq, 2, tile=128)
@@ -603,21 +697,33 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, va
     same_run(out, run[0])
 
 
-def test_latents_made_already_are_not_made_again(trained, val, tmp_path, monkeypatch):
-    cfg, made = Stage2(crop=64, batch=2, sampling=(1, 2), cache_latents=7), []
+class LatentPairsThatTell(moe_diffir.LatentPairs):
+    """x_lq says which process read it."""
+
+    def __getitem__(self, n):
+        n, x_lq, x_hq, z_0 = super().__getitem__(n)
+        return n, torch.full_like(x_lq, os.getpid()), x_hq, z_0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_latents_made_already_are_not_made_again(trained, val, tmp_path, monkeypatch, workers):
+    """Pictures are read by the loader's workers, as many as the run has."""
+    cfg, made, readers = Stage2(crop=64, batch=2, cache_latents=7, workers=workers), [], set()
     acc = types.SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"),
                                 autocast=torch.no_grad, wait_for_everyone=lambda: None)
-    run = types.SimpleNamespace(folder=tmp_path, main=True, acc=acc, seed=0)
+    run = types.SimpleNamespace(folder=tmp_path, main=True, first=lambda work: work(), acc=acc, seed=0)
     make_cir.bench([val], tmp_path / "bench", [("jpeg", "5")])
     benchmark = make_cir.read([([val], tmp_path / "bench")], [("jpeg", "5")])
-    pairs = moe_diffir.LatentPairs(benchmark, cfg, 32, 1, 7)
+    pairs = LatentPairsThatTell(benchmark, cfg, 32, 1, 7)
 
     def make_latents(model, cfg, n, x, seed):
         made.extend(n.tolist())
+        readers.update(x[:, 0, 0, 0].int().tolist())
         return torch.ones(len(n), 16, 8, 8) * n.view(-1, 1, 1, 1)
     monkeypatch.setattr(moe_diffir, "make_latents", make_latents)
     path = moe_diffir.cache_latents(run, cfg, trained, pairs)
     assert made == list(range(7)) and np.array_equal(np.load(path)[:, 0, 0, 0], np.arange(7))
+    assert readers == {os.getpid()} if workers == 0 else len(readers - {os.getpid()}) == 2
     z_0 = np.load(path, mmap_mode="r+")
     z_0[4, 3, 2, 1] = np.nan  # a kill tore this one
     z_0.flush()
@@ -626,8 +732,9 @@ def test_latents_made_already_are_not_made_again(trained, val, tmp_path, monkeyp
     pairs.latents = path
     assert (pairs[4][3] == 4).all() and (pairs[13][3] == 6).all()
     made.clear()
-    other = moe_diffir.cache_latents(run, Stage2(**vars(cfg) | {"start_t": 7}), trained, pairs)
-    assert other != path and made == list(range(7))
+    acc.num_processes, acc.process_index = 2, 1
+    other = moe_diffir.cache_latents(run, Stage2(**vars(cfg) | {"sampling": 7}), trained, pairs)
+    assert other != path and made == [2, 3, 6]  # the second of two processes
 
 
 def test_latents_on_the_fly_are_those_of_the_cache(run, tmp_path, val):
@@ -659,13 +766,94 @@ def test_ablations_with_a_frozen_clip(tmp_path, val, clip, capsys):
     assert tensors["module.prompt.0.prompts"].shape[0] == 4
     assert not any("vision_model" in k or "embeddings" in k or k.startswith("prior.") for k in tensors)
     assert "1 of the paper's 21 tasks" in capsys.readouterr().out
-    gates = moe_diffir.restore(model, CAT.crop((0, 0, 40, 40)))[1]
+    gates = moe_diffir.restore(model, CAT.crop((0, 0, 40, 40)), 1)[1]
     assert [int((g > 0).sum()) for g in gates] == [1, 1, 1]
     model = train("none", "--no-v2t", "--no-dp", "--prompt", "none")
     assert model.prior is None and model.v2t is None
-    assert moe_diffir.restore(model, CAT.crop((0, 0, 40, 40)))[1] == []
+    assert moe_diffir.restore(model, CAT.crop((0, 0, 40, 40)), 1)[1] == []
     with pytest.raises(UserError, match="routes nothing"):
         moe_diffir.main(["figures", "--weights", str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize("start", ["lq", "noise"])
+def test_eq_2_of_both_starts(start, val, tmp_path, monkeypatch):
+    """What the UNet is given and asked for. With "noise", the paper's, the compensator's z_0 and restore are
+    of as many steps as the run says."""
+    seen, real, loss, steps = [], MoEDiffIR.forward, moe_diffir.loss_sd, []
+
+    def forward(self, z_t, t, z_lq, *rest):
+        seen.extend([z_t, t, z_lq, self.sd.alpha_bar[t].view(-1, 1, 1, 1)])
+        return real(self, z_t, t, z_lq, *rest)
+
+    def sample(self, z_lq, dp, c, n, noise, *tiles, real=MoEDiffIR.sample):
+        steps.append(n)
+        return real(self, z_lq, dp, c, n, noise, *tiles)
+    encoded, encode = [], common.SD.encode
+    monkeypatch.setattr(common.SD, "encode", lambda *a: encoded.append(encode(*a)) or encoded[-1])
+    monkeypatch.setattr(MoEDiffIR, "forward", forward)
+    monkeypatch.setattr(MoEDiffIR, "sample", sample)
+    monkeypatch.setattr(moe_diffir, "loss_sd", lambda out, eps: seen.append(eps) or loss(out, eps))
+    flags = ["--s1-start-t", "299", "--s2-sampling", "3"] if start == "noise" else []
+    args = [*train_args(tmp_path / "run", val), "--codecs", "jpeg:5", "--s1-steps", "1", "--s2-steps", "1"]
+    moe_diffir.main([*args, "--start", start, *flags])
+    (z_t, t, z_lq, a, eps), (_, z_0) = seen, encoded[:2]
+    noised = a.sqrt() * z_0 + (1 - a).sqrt() * eps
+    assert torch.equal(encoded[0], z_lq) and torch.allclose(z_t, noised, atol=1e-5)
+    if start == "lq":
+        assert t.tolist() == [99, 99] and torch.allclose(z_t, a.sqrt() * z_lq, atol=1e-5)
+        assert set(steps) == {1}
+        return
+    assert len(set(t.tolist())) == 2 and t.max() < 500 and abs(eps.std() - 1) < 0.1
+    first_of_eval = steps.index(3) + 3  # after the three batches of five cached latents
+    assert steps[first_of_eval - 3:first_of_eval] == [3, 3, 3] and steps[first_of_eval:] == [3, 3, 1, 1]
+    CAT.crop((0, 0, 40, 40)).save(tmp_path / "a.png")
+    for flags, expected in (([], 3), (["--steps", "2"], 2)):
+        moe_diffir.main(["restore", str(tmp_path / "a.png"), "-o", str(tmp_path / "o.png"), "--weights",
+                         str(tmp_path / "run"), *flags])
+        assert steps[-1] == expected
+    assert moe_diffir.Stage2.paper().sampling == 50
+
+
+def test_latent_errors_in_closed_form(val, capsys):
+    """Of a model whose latents are pixels and whose one step halves them."""
+    model = types.SimpleNamespace(cell=1, encode=lambda x: (x, []), degradation_prior=lambda x: None,
+                                  text=lambda x: None, sample=lambda z, dp, c, steps, noise: (z / 2, {}))
+    one = own = 0
+    for file in common.list_images([val]):
+        image = Image.open(file)
+        z_hq, z_lq = (np.asarray(i, float) / 127.5 - 1 for i in (image, compress(image, "jpeg", "5")[0]))
+        one, own = one + np.square(z_lq / 2 - z_hq).mean(), own + np.square(z_lq - z_hq).mean()
+    found = print_latent_errors(model, [val], [("jpeg", "5"), ("jpeg", "10"), ("hific", "low")])
+    assert found == {"jpeg:5": pytest.approx(one / own, rel=1e-4)}
+    assert f"jpeg:5 {one / own:.3f}" in capsys.readouterr().out
+
+
+def test_several_processes_refuse_to_wait_for_the_benchmark(val, tmp_path, monkeypatch, capsys):
+    """One line with the command that makes it; after that they train. A picture that cannot be made is no
+    reason to refuse for ever."""
+    photos, out = tmp_path / "my photos", tmp_path / "run"
+    shutil.copytree(val, photos, ignore=shutil.ignore_patterns(".*"))
+    (photos / "torn.png").write_bytes(b"\x89PNG")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    args = [str(a) for a in ("train", "--out", out, "--data", photos, "--codecs", "jpeg:5", "webp")]
+    with pytest.raises(SystemExit) as end:
+        run_cli(lambda: moe_diffir.main(args))
+    said, = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and not out.exists() and not (photos / ".cir-bench").exists()
+    command = shlex.split(said.split("train: ", 1)[1])
+    assert command[:3] == ["python", "-m", "data.make_cir"]
+    with pytest.raises(UserError, match="1 pictures could not be made"):
+        make_cir.main(command[3:])
+    caches = make_cir.caches_of([photos], None)
+    tasks = make_cir.training_tasks(["jpeg:5", "webp"], caches)
+    make_cir.refuse_to_wait(caches, tasks)
+    made = {str(p.parent.relative_to(photos / ".cir-bench")) for p in (photos / ".cir-bench").rglob("*.png")}
+    assert made == {"original", "jpeg/5", "webp/5", "webp/10", "webp/15"}
+    (photos / ".cir-bench" / "webp" / "10" / "flower.png").unlink()
+    with pytest.raises(UserError, match="make the benchmark"):
+        make_cir.refuse_to_wait(caches, tasks)
+    monkeypatch.delenv("WORLD_SIZE")
+    make_cir.refuse_to_wait(caches, tasks)
 
 
 def test_eval_of_pairs_unseen_levels_and_fid(run, val, tmp_path, monkeypatch, capsys):
@@ -684,7 +872,7 @@ def test_eval_of_pairs_unseen_levels_and_fid(run, val, tmp_path, monkeypatch, ca
     said, metrics = capsys.readouterr().out, run[0] / "metrics.json"
     found = json.loads(metrics.read_text())
     assert found["codecs"]["jpeg"]["restored, 1 step"]["FID"] == 3
-    assert "FID of each codec" in said and "CLIPIQA" in said
+    assert re.search(r"Table 1.*\n .*SSIM.*CLIPIQA.* FID\n", said)
     levels = [found["results"][task]["restored, 1 step"]["PSNR"] for task in ("jpeg:25", "jpeg:5")]
     assert found["codecs"]["jpeg"]["restored, 1 step"]["PSNR"] == pytest.approx(np.mean(levels))
     assert [n for path, n in folders if path.endswith("jpeg/restored, 1 step")] == [4]
@@ -693,10 +881,25 @@ def test_eval_of_pairs_unseen_levels_and_fid(run, val, tmp_path, monkeypatch, ca
     lq.mkdir()
     for file in val.glob("*.png"):
         compress(Image.open(file), "jpeg", "5")[0].save(lq / file.name)
-    moe_diffir.main([*args, "--pairs", str(lq), str(val), "--task", "hific:low"])
-    of_pairs = json.loads(metrics.read_text())["results"]["hific:low"]
-    assert of_pairs == {row: {k: v for k, v in values.items() if k not in ("CLIPIQA", "MANIQA")}
-                        for row, values in found["results"]["jpeg:5"].items()}
+    hq = tmp_path / "hq"  # other originals than --data's
+    shutil.copytree(val, hq, ignore=shutil.ignore_patterns("flower*", ".*"))
+    hific = ["--pairs", str(lq), str(val), "--task", "hific:low"]
+    hific += ["--pairs", str(hq), str(hq), "--task", "hific:high"]
+    moe_diffir.main([*args, *hific, "--codecs", "jpeg:5", "--data", str(val)])
+    table = json.loads(metrics.read_text())
+    assert list(table["results"]) == ["jpeg:5", "hific:low", "hific:high"]
+    of_jpeg, low, high = table["results"].values()
+    assert low == of_jpeg == {row: {k: v for k, v in values.items() if k not in ("CLIPIQA", "MANIQA")}
+                              for row, values in found["results"]["jpeg:5"].items()}
+    assert high["compressed"]["SSIM"] == pytest.approx(1)
+    mean = table["codecs"]["hific"]["restored, 1 step"]
+    assert mean["SSIM"] == pytest.approx(np.mean([task["restored, 1 step"]["SSIM"] for task in (low, high)]))
+    said = capsys.readouterr().out
+    assert "hific:low, 2 images" in said and "hific:high, 1 images" in said
+    row, = re.findall(r"^hific, restored, 1 step  .*", said.split("Table 1")[1], re.M)
+    assert f"{mean['PSNR']:.2f}" in row and f"{mean['SSIM']:.4f}" in row
+    moe_diffir.main([*args, *hific])
+    assert list(json.loads(metrics.read_text())["results"]) == ["hific:low", "hific:high"]
 
 
 def test_figures_rows_sum_to_one(run, val, capsys):
@@ -739,6 +942,9 @@ def test_profile_counts_by_part_for_one_step_and_fifty(capsys):
     ("train --out {new} --experts 0", "--top-k 3: must be from 1 to 0"),
     ("train --out {new} --prompt two", "--prompt two: choose from none"),
     ("train --out {new} --s2-sampling 0", "--s2-sampling 0"),
+    ("train --out {new} --s2-sampling 2", "--s2-sampling 2: must be from 1 to 1 (--start lq"),
+    ("train --out {new} --start noise --s2-sampling 101", "--s2-sampling 101: must be from 1 to 100"),
+    ("train --out {new} --start there", "--start there: choose from lq, noise"),
     ("train --out {new} --s2-levels 0", "--s2-levels 0"),
     ("train --out {new} --cache-latents -1", "--cache-latents -1"),
     ("train --out {new} --codecs bpg", "--codecs bpg: choose from"),
@@ -757,11 +963,12 @@ def test_profile_counts_by_part_for_one_step_and_fifty(capsys):
     ("restore {photo} --weights {run} --tile 100", "--tile 100"),
     ("restore {photo} --weights {run} --steps 0", "--steps 0"),
     ("restore {photo} --weights {run} --steps 2000", "--steps 2000"),
-    ("restore {photo} --weights {run} --start-t 1000", "--start-t 1000"),
     ("restore {photo} --weights {run} --fidelity 1.5", "--fidelity 1.5"),
     ("restore {photo} --weights {empty}", "stage2.safetensors: no such file"),
     ("restore nowhere.jpg --weights {run}", "nowhere.jpg"),
-    ("eval --weights {run} --task hific:low", "--pairs and --task")])
+    ("eval --weights {run} --task hific:low", "--pairs and --task"),
+    ("eval --weights {run} --task a:b --task a:b --pairs {val} {val} --pairs {val} {val}", "with its own"),
+    ("eval --weights {run} --steps 1 2", "--steps 2: must be from 1 to 1")])
 def test_bad_input_is_one_line(run, val, tmp_path, monkeypatch, capsys, command, says):
     (tmp_path / "empty").mkdir()
     names = {"empty": tmp_path / "empty", "new": tmp_path / "new", "photo": PHOTOS / "val" / "chelsea.png",

@@ -203,17 +203,17 @@ def moe_diffir_model(moe_diffir, base, cfg1, cfg2, lora: bool):
 def moe_diffir_parts(model, x: Tensor) -> dict[str, tuple[list[nn.Module], callable]]:
     x, unet, compensator = x.to(model.sd.vae.dtype), model.sd.unet, model.compensator
     z, t = empty_latent(model.sd, x), torch.zeros(1, device=x.device)
-    c, dp = model.empty[None].to(x), model.prior(x)
+    c, dp = model.empty[None].to(x), model.degradation_prior(x)
     features, (_, seen) = model.module(z, t, dp)[0], model.encode(x)
     (encoder, _), decoder = vae_parts(model.sd, x, z)
     levels = seen[:len(compensator.fuse)][::-1]
     return {"once: VAE encoder": (encoder, lambda: model.encode(x)),
-            "once: degradation prior (CLIP)": ([model.prior], lambda: model.prior(x)),
+            "once: degradation prior (CLIP)": ([model.prior], lambda: model.degradation_prior(x)),
             "once: Visual2Text and CLIP": ([model.v2t], lambda: model.text(x)),
             "a step: MoE-Prompt Module": ([model.module], lambda: model.module(z, t, dp)),
             "a step: UNet": ([unet], lambda: unet(z, t, c)),
-            "a step: SPADE": ([model.spade], lambda: [spade.maps(f) for spade, f in zip(
-                model.spade, [*features, features[-1]])]),
+            "a step: SPADE": ([model.spade], lambda: [spade.maps(features[i]) for spade, (i, _) in zip(
+                model.spade, model.branches())]),
             "once: VAE decoder": decoder,
             "once: compensator": ([compensator], lambda: [compensator.residual(i, e, e)
                                                           for i, e in enumerate(levels)])}

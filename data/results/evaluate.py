@@ -179,11 +179,11 @@ def compare(files: list[Path], conditions: dict, restore: dict, base, metrics: M
             drawn: list[str] | None = None, keep=None) -> dict:
     """Restores every file under every condition and averages the metrics over the files.
 
-    conditions: {name: degrade(image, file) -> image}; restore: {row: restore(image) -> image}. Prints a table
-    a condition, draws `picture` of the conditions `drawn` (the first) and returns {condition: {row: {metric:
-    mean}}}. Rows: the degraded input; the same blurred, which any method must beat; through the VAE and back;
-    restored; the original through the VAE. What cannot be read or degraded is named and left out.
-    keep(condition, row, file, image) sees every picture."""
+    conditions: {name: degrade(image, file) -> image, or None where it has none of this file}; restore: {row:
+    restore(image) -> image}. Prints a table a condition, draws `picture` of the conditions `drawn` (the
+    first) and returns {condition: {row: {metric: mean}}}. Rows: the degraded input; the same blurred, which
+    any method must beat; through the VAE and back; restored; the original through the VAE. What cannot be
+    read or degraded is named and left out. keep(condition, row, file, image) sees every picture."""
     sd, drawn, strips = SD(base, with_unet=False).to(device()), drawn or list(conditions)[:1], []
     sums: dict[str, dict[str, list]] = {name: {} for name in conditions}
     for file, target in readable(tqdm(files, "eval", disable=None)):
@@ -191,7 +191,9 @@ def compare(files: list[Path], conditions: dict, restore: dict, base, metrics: M
         ceiling_metrics = metrics(ceiling, target)
         for name, degrade in conditions.items():
             try:
-                images = rows_of(degrade(target, file), restore, sd)
+                if (lq := degrade(target, file)) is None:  # a condition of other files
+                    continue
+                images = rows_of(lq, restore, sd)
             except Exception as error:  # whatever it is, it ends this picture alone
                 note(f"skipped: {common.why(error, file)}")
                 continue
@@ -420,44 +422,50 @@ def evaluate_codec(script, args) -> None:
 
 
 def evaluate_codecs(script, args) -> None:
-    """Tables for every task, means for every codec, the routing; with --metrics all also FID a codec."""
+    """Tables for every task, means for every codec (Table 1), the routing; with --metrics all also FID."""
     from data.make_cir import matched, task_name
-    if bool(args.pairs) != bool(args.task):
-        raise UserError("--pairs and --task CODEC:LEVEL (as hific:low) go together")
     model, picks, current = script.load(args.weights, args.base), [], []
-    steps = tuple(args.steps or model.sampling)
+    steps = list(dict.fromkeys(args.steps or [model.sampling]))
     options = script.sampling_options(args, model, steps)
-    pairs = matched(*args.pairs) if args.pairs else {}
-    files, tasks = list_images(args.data), [task_name(args.task)] if pairs else tasks_of(args, model)
-    if pairs:
-        files = [hq for _, hq in pairs.values()]
-    lq_of = {hq: lq for lq, hq in pairs.values()}
+    added = [task_name(task) for task in args.task]
+    if len(set(added)) < len(added) or len(added) != len(args.pairs):
+        raise UserError("--pairs and --task CODEC:LEVEL (as hific:low) go together, every pair with its own")
+    lq_of = {task: {hq: lq for lq, hq in matched(*pair).values()} for task, pair in zip(added, args.pairs)}
+    tasks, files = [*lq_of], []
+    if args.codecs or not added:
+        tasks, files = list(dict.fromkeys([*tasks_of(args, model), *tasks])), list_images(args.data)
+    encoded = set(files)
+
+    def degraded(task, image, file):
+        current[:] = [task]
+        if task not in lq_of:
+            return compressed(task, image, file) if file in encoded else None
+        return read_image(lq_of[task][file])[0] if file in lq_of[task] else None
 
     def restored(n, image):
         image, gates = script.restore(model, image, n, **options)
         if n == steps[0] and gates:
             picks.append((*current[-1], gates))
         return image
-    conditions = {":".join(task): partial(degraded, task, lq_of, current) for task in tasks}
-    rows = {f"restored, {n} step{'s' * (n > 1)}": partial(restored, n) for n in dict.fromkeys(steps)}
+    conditions = {":".join(task): partial(degraded, task) for task in tasks}
+    rows = {f"restored, {n} step{'s' * (n > 1)}": partial(restored, n) for n in steps}
     lowest = list({codec: f"{codec}:{level}" for codec, level in reversed(tasks)}.values())[::-1]
     fid, picture = FID() if args.metrics == "all" else None, picture_of(args)
     metrics = Metrics(("clipiqa", "maniqa") if fid else ())
+    files = list(dict.fromkeys([*files, *(hq for pair in lq_of.values() for hq in pair)]))
     results = compare(files, conditions, rows, model.base, metrics, picture, lowest, fid and fid.keep)
     by_codec, gap = codec_means(results, list(rows), fid.values() if fid else {})
     finish(args, files, options=options, results=results, codecs=by_codec, gap_closed=gap,
+           latent_error=print_latent_errors(model, args.data, [task for task in tasks if task not in lq_of]),
            mutual_information=print_routing(picks))
 
 
-def degraded(task, lq_of: dict[Path, Path], current: list, image: Image.Image, file: Path) -> Image.Image:
-    """The picture as a codec leaves it, or the other half of its pair; `current` then names the task."""
+def compressed(task, image: Image.Image, file: Path) -> Image.Image:
     from data.make_cir import compress
     try:
-        lq = read_image(lq_of[file])[0] if lq_of else compress(image, *task)[0]
+        return compress(image, *task)[0]
     except UserError as error:
         raise UserError(f"{':'.join(task)} {file}: {error}") from None
-    current[:] = [task]
-    return lq
 
 
 def tasks_of(args, model) -> list[tuple[str, str]]:
@@ -487,13 +495,42 @@ def codec_means(results: dict, rows: list[str], fid: dict) -> tuple[dict, dict]:
     table = [[codec, *(r["PSNR"] for r in v.values()), *shares[codec]] for codec, v in codecs.items()]
     print("\nPSNR of each codec (mean over its levels above), and the share of the gap from VAE(compressed) "
           "to VAE(original) that is closed\n" + text_table(header, table))
-    if fid:
-        table = [[codec, *v.values()] for codec, v in fid.items()]
-        print("\nFID of each codec, all its levels\n" + text_table(["", *next(iter(fid.values()))], table))
     for codec, values in codecs.items():
         for row, value in fid.get(codec, {}).items():
             values[row]["FID"] = value
+    table = [[f"{codec}, {row}", *v[row].values()] for codec, v in codecs.items()
+             for row in ("compressed", *rows)]
+    print("\nTable 1: means of each codec over its levels above\n"
+          + text_table(["", *next(iter(codecs.values()))[rows[0]]], table))
     return codecs, gap
+
+
+@torch.inference_mode()
+def print_latent_errors(model, data: list[Path], tasks: list[tuple[str, str]]) -> dict[str, float]:
+    """Prints and returns for each codec, at the first of its `tasks`, the squared error of z_0 after one step
+    to the original's latent, as a multiple of z_lq's own: below 1 stage 1 helps. Of 256 x 256 pixels in the
+    middle of every photograph."""
+    from data.make_cir import RANGE
+    first = list({task[0]: task for task in reversed(tasks) if task[0] in RANGE}.values())[::-1]
+    errors = {task: torch.zeros(2) for task in first}
+    for file, image in readable(list_images(data)):
+        def tensor(picture):
+            return pad_to(to_tensor(picture.crop(centre(picture.size, 256)))[None], model.cell).to(device())
+        z_hq = model.encode(tensor(image))[0].float()
+        noise = torch.randn(z_hq.shape, generator=torch.Generator().manual_seed(0)).to(z_hq.device)
+        for task in first:
+            try:
+                x_lq = tensor(compressed(task, image, file))
+            except UserError as error:
+                note(f"skipped: {error}")
+                continue
+            z_lq = model.encode(x_lq)[0].float()
+            z_0, _ = model.sample(z_lq, model.degradation_prior(x_lq), model.text(x_lq), 1, noise)
+            errors[task] += torch.stack([(z - z_hq).square().mean().cpu() for z in (z_0, z_lq)])
+    ratios = {":".join(task): (one / own).item() for task, (one, own) in errors.items() if own}
+    for name, ratio in ratios.items():
+        print(f"latent error after one step, of the compressed latent's own: {name} {ratio:.3f}")
+    return ratios
 
 
 def routing(picks: list[tuple[str, str, list[Tensor]]]) -> list[dict[str, float]]:
@@ -571,7 +608,9 @@ def main(name: str, argv: list[str]) -> None:
         p.add_argument("--codecs", nargs="+", metavar="CODEC[:LEVEL]",
                        help="as vvc (all three levels) or vvc:52 (default: those it was trained on)")
         p.add_argument("--lowest", action="store_true", help="only the lowest levels, as after training")
-        p.add_argument("--pairs", nargs=2, type=Path, metavar=("LQ_DIR", "HQ_DIR"),
-                       help="pictures that another program compressed, and their originals")
-        p.add_argument("--task", metavar="CODEC:LEVEL", help="what --pairs holds, as hific:low")
+        p.add_argument("--pairs", nargs=2, type=Path, action="append", default=[],
+                       metavar=("LQ_DIR", "HQ_DIR"), help="pictures that another program compressed, and "
+                       "their originals, once for each --task; alone, unless --codecs is given too")
+        p.add_argument("--task", action="append", default=[], metavar="CODEC:LEVEL",
+                       help="what --pairs holds, as hific:low")
     EVALUATE[name](script, p.parse_args(argv))

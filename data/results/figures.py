@@ -292,10 +292,10 @@ def oscar_figures(oscar, args) -> None:
 @torch.inference_mode()
 def gates_of(model, image: Image.Image) -> list[Tensor]:
     """Gates (N,) of every scale for a picture, at the timestep where sampling starts."""
-    x = pad_to(to_tensor(image)[None], model.cell).to(device())
-    z_lq, _ = model.encode(x)
-    t = torch.full((1,), model.start_t, device=x.device)
-    return [g[0].float().cpu() for g in model.module(z_lq, t, model.prior(x) if model.prior else None)[1]]
+    x_lq = to_tensor(image)[None].to(device())
+    z_lq, _ = model.encode(pad_to(x_lq, model.cell))
+    t = torch.full((1,), model.cfg.start_t, device=x_lq.device)
+    return [g[0].float().cpu() for g in model.module(z_lq, t, model.degradation_prior(x_lq))[1]]
 
 
 def moe_diffir_figures(moe_diffir, args) -> None:
