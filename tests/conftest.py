@@ -33,6 +33,12 @@ def codiff_run(tmp_path_factory):
     return out
 
 
+@pytest.fixture
+def no_evaluation(monkeypatch):
+    """For tests that look at a training alone."""
+    monkeypatch.setattr(common.Run, "evaluate", lambda *_: None)
+
+
 def child_processes():
     """Their server imports what they need once, for all of this file's and test_codiff.py's."""
     processes = multiprocessing.get_context("forkserver")

@@ -32,9 +32,11 @@ def trained(request, tmp_path_factory):
         folders[dtype] = tmp_path_factory.mktemp(request.param) / "run"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(common, "INFERENCE_DTYPE", dtype)
-            patch.setattr(common.Run, "evaluate", lambda *_: None)
+            for costly in ("evaluate", "gradients"):  # neither changes what is trained
+                patch.setattr(common.Run, costly, lambda *_, **terms: None)
             AcceleratorState._reset_state()  # a process of its own keeps its precision
             script.main([*map(str, ("train", "--data", photos, "--out", folders[dtype], *STAGES, *FLAGS[request.param]))])
+    AcceleratorState._reset_state()
     return script, folders
 
 
@@ -52,7 +54,7 @@ def test_training_under_autocast_follows_float32(trained):
 @pytest.mark.parametrize("tile", [None, 128])
 def test_inference_in_bf16_follows_float32(trained, tile, monkeypatch):
     script, folders = trained
-    photo = common.jpeg(read_image(PHOTOS / "val" / "chelsea.png")[0].crop((0, 0, 210, 170)), 10)
+    photo = common.jpeg(read_image(PHOTOS / "val" / "chelsea.png")[0].crop((100, 60, 270, 110)), 10)
     pictures = []
     for dtype in (torch.float32, torch.bfloat16):
         monkeypatch.setattr(common, "INFERENCE_DTYPE", dtype)
@@ -63,4 +65,4 @@ def test_inference_in_bf16_follows_float32(trained, tile, monkeypatch):
         else:
             picture = script.restore(model, photo, tile=tile)
         pictures.append(np.asarray(picture[0] if isinstance(picture, tuple) else picture).astype(float))
-    assert pictures[1].shape == (170, 210, 3) and np.abs(np.subtract(*pictures)).mean() < LEVELS[script.__name__]
+    assert pictures[1].shape == (50, 170, 3) and np.abs(np.subtract(*pictures)).mean() < LEVELS[script.__name__]

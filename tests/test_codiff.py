@@ -229,18 +229,6 @@ def test_inference_is_deterministic_and_the_colour_fix_matches_statistics(run):
     assert np.abs(one.mean((0, 1)) - np.array(lq).mean((0, 1))).max() < 1
 
 
-def test_bf16_inference_keeps_the_picture(run, monkeypatch):
-    """What CUDA runs, here on the CPU: networks in bf16, schedule and Eq. 1 in float32; whole and in tiles."""
-    lq = codiff.jpeg(read_image(PHOTOS / "val" / "chelsea.png")[0].crop((0, 0, 160, 130)), 10)
-    model = codiff.load(run[0])
-    expected = [np.asarray(codiff.restore(model, lq, "adain", tile)).astype(float) for tile in (None, 128)]
-    monkeypatch.setattr("common.INFERENCE_DTYPE", torch.bfloat16)
-    model = codiff.load(run[0])
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and model.sd.alpha_bar.dtype == torch.float32
-    for tile, want in zip((None, 128), expected):
-        assert np.abs(np.asarray(codiff.restore(model, lq, "adain", tile)) - want).mean() < 1.5
-
-
 def train_args(out, val):
     return [str(a) for a in ("train", "--out", out, "--s1-steps", 10, "--s2-steps", 10, "--s1-save-every", 5, "--s2-save-every", 5,
                              "--val", val, *SHORT)]
@@ -315,7 +303,7 @@ def test_killed_at_twelve_moments_and_resumed_each_time_it_equals_the_uninterrup
         same_run(runs[-1], uninterrupted)
 
 
-def test_checkpointing_and_accumulation_leave_the_losses_as_they_are(uninterrupted, tmp_path, val):
+def test_checkpointing_and_accumulation_leave_the_losses_as_they_are(uninterrupted, tmp_path, val, no_evaluation):
     out = tmp_path / "run"
     shutil.copytree(uninterrupted, out)
     (out / "last" / "stage2.safetensors").unlink()
@@ -352,7 +340,7 @@ def test_learning_moves_only_its_own_branch(tmp_path, learning, still):
 
 
 @pytest.mark.parametrize("prompt", ["learnable", "empty"])
-def test_other_prompts_need_no_cave(tmp_path, val, prompt):
+def test_other_prompts_need_no_cave(tmp_path, val, prompt, no_evaluation):
     codiff.main(["train", "--prompt", prompt, "--losses", "l2", "--out", str(tmp_path), "--val", str(val), "--s2-steps", "2", *map(str, SHORT)])
     assert not (tmp_path / "model" / "stage1.safetensors").exists()
     model, empty = codiff.load(tmp_path), text_tokens(TINY_SD, [""])[0]
@@ -361,7 +349,7 @@ def test_other_prompts_need_no_cave(tmp_path, val, prompt):
     assert not hasattr(model, "proj")
 
 
-def test_losses_are_those_asked_for(uninterrupted, tmp_path, val):
+def test_losses_are_those_asked_for(uninterrupted, tmp_path, val, no_evaluation):
     """Total in the log = weighted sum of the terms that --losses names."""
     for losses, weights in (("dists", (0, 0.02, 0)), ("l2,gan", (1, 0, 5e-3))):
         out = tmp_path / losses.replace(",", "_")
@@ -419,17 +407,17 @@ def test_figures(run, tmp_path, capsys):
 
 
 def test_tiles_leave_no_seams(run):
-    """768x768, where both ways run: the difference is small, and no larger along the tiles' borders than elsewhere."""
+    """640x640, where both ways run: the difference is small, and no larger along the tiles' borders than elsewhere."""
     model = codiff.load(run[0])
-    lq = codiff.jpeg(read_image(PHOTOS / "val" / "chelsea.png")[0].resize((768, 768), Image.Resampling.LANCZOS), 5)
+    lq = codiff.jpeg(read_image(PHOTOS / "val" / "chelsea.png")[0].resize((640, 640), Image.Resampling.LANCZOS), 5)
     seen = []
     hooks = [m.register_forward_pre_hook(lambda m, a: seen.append(tuple(a[0].shape[2:]))) for m in (model.sd.unet, model.sd.vae.encoder, model.sd.vae.decoder)]
     tiled = np.asarray(codiff.restore(model, lq, "adain", 512)).astype(float)
     assert set(seen) == {(512, 512), (64, 64)} and len(seen) == 3 * (4 + 1)  # nothing ever saw more than a tile
     [h.remove() for h in hooks]
     difference = np.abs(tiled - np.asarray(codiff.restore(model, lq))).mean(2)
-    borders = {edge for s in starts(24, 16, 1) for edge in (32 * s, 32 * s + 512) if 0 < edge < 768}
-    near = np.zeros(768, bool)
+    borders = {edge for s in starts(20, 16, 1) for edge in (32 * s, 32 * s + 512) if 0 < edge < 640}
+    near = np.zeros(640, bool)
     for edge in borders:
         near[edge - 8:edge + 8] = True
     near = near[:, None] | near

@@ -656,18 +656,13 @@ def test_any_size_is_restored(trained, size):
         assert moe_diffir.restore(trained, picture, 1, tile=tile)[0].size == size
 
 
-def test_bf16_and_tiles_keep_the_picture(run, trained, monkeypatch):
-    """What CUDA runs, here on the CPU; and windows, in two steps, with one mosaic's gates."""
+def test_tiles_keep_the_picture(trained):
+    """In windows, in two steps, with one mosaic's gates."""
     lq = compress(CAT.crop((0, 0, 300, 260)), "jpeg", "10")[0]
     whole, gates = moe_diffir.restore(trained, lq, 2)
     tiled, tiled_gates = moe_diffir.restore(trained, lq, 2, tile=128)
     assert np.abs(np.asarray(tiled).astype(float) - np.asarray(whole)).mean() < 6
     assert all((a - b).abs().max() < 0.2 for a, b in zip(gates, tiled_gates)) and hooks(trained) == 0
-    monkeypatch.setattr("common.INFERENCE_DTYPE", torch.bfloat16)
-    low = moe_diffir.load(run[0])
-    assert {p.dtype for p in low.parameters()} == {torch.bfloat16} and low.sd.alpha_bar.dtype == torch.float32
-    image = moe_diffir.restore(low, lq, 2)[0]
-    assert np.abs(np.asarray(image).astype(float) - np.asarray(whole)).mean() < 2
 
 
 def same_run(one, two):
@@ -755,7 +750,7 @@ def test_two_processes_give_the_losses_of_one(run, two_processes, tmp_path, val)
         assert {k: pytest.approx(v, rel=2e-3, abs=1e-6) for k, v in a.items()} == b
 
 
-def test_ablations_with_a_frozen_clip(tmp_path, val, clip, capsys):
+def test_ablations_with_a_frozen_clip(tmp_path, val, clip, capsys, no_evaluation):
     """Tables 2 and 3 by flags; CLIP encoders stay frozen and out of the checkpoint, and are found again."""
     def train(name, *flags):
         more = ["--codecs", "jpeg:5", "--s1-steps", "1", "--s2-steps", "1", "--cache-latents", "0", *flags]

@@ -616,7 +616,7 @@ def test_two_processes_give_the_losses_of_one(run, two_processes, tmp_path, val)
 # ---- the paper's ablations, figures, complexity
 
 
-def test_ablations(run, tmp_path, val, capsys):
+def test_ablations(run, tmp_path, val, capsys, no_evaluation):
     out = tmp_path / "run"
     oscar.main([*train_args(out, val), "--no-alignment", "--s2-steps", "1", "--losses", "dists,gan"])
     assert not (out / "model" / "stage1.safetensors").exists()
