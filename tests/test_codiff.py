@@ -318,7 +318,7 @@ def test_two_processes_give_the_losses_of_one(uninterrupted, two_processes, tmp_
     """Stage 2. (Stage 1 is exempt: its BatchNorm sees half a batch in each process.)"""
     shutil.copytree(uninterrupted, tmp_path / "run")
     (tmp_path / "run" / "last" / "stage2.safetensors").unlink()
-    two_processes("codiff", [*train_args(tmp_path / "run", val), "--stage", "2"])
+    two_processes("codiff", [*train_args(tmp_path / "run", val), "--stage", "2"], evaluate=True)
     one, two = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (uninterrupted, tmp_path / "run"))
     assert len(one) == len(two) == 20
     for a, b in zip(one, two):
