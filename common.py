@@ -10,7 +10,6 @@ Conventions, stated once:
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import importlib
 import json
@@ -19,6 +18,7 @@ import socket
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -358,15 +358,15 @@ class Run:
             raise UserError("--paper needs --data: folders of photographs (see data/README.md)")
         self.args, self.folder, self.seed = args, args.out, args.seed
         self.base, self.data = args.base or (base if args.paper else TINY_SD), args.data or [PHOTOS / "train"]
-        self.config = {"script": script, "base": in_repo(self.base), "seed": self.seed,
-                       "data": [in_repo(d) for d in self.data], **more}
+        data = {f"data{i}": [in_repo(d) for d in self.data] for i in args.stage.replace("all", "12")}
+        self.config = {"script": script, "base": in_repo(self.base), "seed": self.seed, **data, **more}
         for i, stage in enumerate(stages, 1):
             self.config |= {f"stage{i}.{k}": v for k, v in json.loads(json.dumps(asdict(stage))).items()}
         load_part(DDPMScheduler, self.base, "scheduler")  # what stage 2 and evaluation need, before any work
         list_images([*self.data, *(args.val or [])])
         if any(getattr(stage, "dists", "") == "vgg16" for stage in stages):
             dists_vgg16()
-        self.processes = PartialState(cpu=device().type == "cpu")  # several CPU processes: gloo
+        self.processes = PartialState(cpu=device().type == "cpu", timeout=timedelta(days=1))
         self.main, path = self.processes.is_main_process, self.folder / "config.json"
         begun = read_json(path) if path.exists() else {}
         if path.exists() and "script" not in begun:
@@ -376,12 +376,12 @@ class Run:
         if begun and not (args.resume or args.overwrite or args.stage == "2"):
             raise UserError(f"--out {self.folder}: holds a run; --resume it, or --overwrite it by a new one")
         for k, now in self.config.items() if begun and not args.overwrite else ():
-            stage = f"stage{args.stage}" if k == "data" else k.split(".")[0]  # stage 2 may have its own data
+            stage = k.replace("data", "stage").split(".")[0]  # each stage may have its own data
             still_open = stage in ("stage1", "stage2") and not self.checkpoint(stage).exists()
             if begun.get(k) != now and not still_open:
                 raise UserError(f"--resume: {k} was {begun.get(k)}, but is {now} now; or name a new --out")
         self.first(take, self.folder, bool(begun) and args.overwrite)
-        self.first(write_json, path, self.config)
+        self.first(write_json, path, ({} if args.overwrite else begun) | self.config)
 
     def first(self, work, *args, **options) -> None:
         """Calls work(...) in the first process while the others wait. Where it fails there, all end."""
@@ -506,7 +506,7 @@ class Run:
 
     def save(self, module: nn.Module, **header) -> None:
         """The stage's result, model/stageN.safetensors: all that training changed, and the settings."""
-        header |= {k: v for k, v in self.config.items() if k not in ("data", "seed")}
+        header |= {k: v for k, v in self.config.items() if k not in ("data1", "data2", "seed")}
         path = self.folder / "model" / f"{self.stage}.safetensors"
         self.first(save_tensors, path, trained(self.acc.unwrap_model(module)), **header, stage=self.stage)
 

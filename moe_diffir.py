@@ -26,6 +26,7 @@ stands at its place, in lines beginning DIFFERS. The benchmark of Sec. 3.5 is da
 from __future__ import annotations
 
 import functools
+import zlib
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,7 @@ class Stage1(Stage):
     def __post_init__(self):
         super().__post_init__()
         check("--top-k", self.top_k, 1, self.experts)
+        check("--s1-start-t", self.start_t, 0, {"lq": 499}.get(self.start, 999), f" (--start {self.start})")
         if self.width % self.heads or self.width % 4:
             raise UserError(f"--s1-width {self.width}: must be a multiple of 4 and --s1-heads {self.heads}")
 
@@ -608,7 +610,6 @@ def load_stage1(weights: Path, base: str | Path, cfg2: Stage2) -> MoEDiffIR:
 
 class LatentPairs(CIRPairs):
     """Sample n -> (n, x_lq, x_hq, z_0), z_0 from the file that `cache_latents` made, if any."""
-
     latents: Path | None = None
 
     def __getitem__(self, n: int) -> tuple[int, Tensor, Tensor, Tensor]:
@@ -628,7 +629,9 @@ def make_latents(model: MoEDiffIR, cfg: Stage2, n: Tensor, x_lq: Tensor, seed: i
 def cache_latents(run: Run, cfg: Stage2, model: MoEDiffIR, pairs: LatentPairs) -> Path:
     """The file of the first cfg.cache_latents samples' z_0. A row that is not made yet is NaN, so that a run
     killed at any moment goes on where it was; the name says what rows depend on beside the run."""
-    acc, path = run.acc, run.folder / "latents" / f"{cfg.cache_latents}-{cfg.crop}-{cfg.sampling}.npy"
+    files = zlib.crc32(str([(hq.name, dict(lqs).keys()) for hq, lqs in pairs.versions.items()]).encode())
+    path = run.folder / "latents" / f"{cfg.cache_latents}-{cfg.crop}-{cfg.sampling}-{files:08x}.npy"
+    acc = run.acc
     unmade = np.full((cfg.cache_latents, *model.sd.latent_shape(cfg.crop)), np.nan, np.float32)
     run.first(lambda: path.exists() or common.atomic(path, lambda tmp: np.save(tmp, unmade)))
     z_0 = np.load(path, mmap_mode="r+")
@@ -731,7 +734,9 @@ def train(args) -> None:
     benchmark = make_cir.read(caches, tasks)
     if args.stage in ("1", "all"):
         model = stage1(run, cfg1, benchmark)
-        run.first(evaluate.print_latent_errors, model, args.val or [PHOTOS / "val"], tasks)
+        if cfg1.start == "lq":  # one step's
+            run.first(evaluate.print_latent_errors, model, args.val or [PHOTOS / "val"], tasks)
+        del model
     if args.stage in ("2", "all"):
         stage2(run, cfg2, benchmark)
         run.evaluate("--lowest")

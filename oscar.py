@@ -175,7 +175,8 @@ class Quantizer(nn.Module):
         """(B, M, h, w) -> e (B, h, w, D), indices (B, h, w)."""
         e = F.normalize(self.project_in(h.permute(0, 2, 3, 1)).float(), dim=-1)
         # no product of matrices: autocast would have it in bf16, which mixes up neighbours
-        return e, torch.cdist(e, self.embed, compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
+        distance = torch.cdist(e.flatten(0, 2), self.embed, compute_mode="donot_use_mm_for_euclid_dist")
+        return e, distance.argmin(-1).view(e.shape[:3])
 
     def decode(self, q: Tensor) -> Tensor:
         """(B, h, w, D) -> (B, M, h, w)."""
@@ -509,7 +510,7 @@ def stage2(run: Run, cfg: Stage2, cfg1: Stage1) -> None:
             l_per = w["mse"] * l_mse + cfg.lambda_dists * (w["dists"] * l_dists + w["ea"] * l_ea)
             # DIFFERS: in the release the critic's UNet runs under no_grad, which makes L_G a constant for the
             # generator; here its parameters are frozen, not its graph. And it sees clean latents, as Eq. 16
-            # is printed; the release adds noise. The head is two convolutions as there, no "lightweight MLP".
+            # is printed; the release adds noise. Its head: two convolutions as there, 52.5 M, no "MLP".
             with frozen(critic):  # until after backward: checkpointing runs the critic's forward again there
                 l_G = loss_G(critic(z_hat, cfg.T_D))
                 # Eq. 14

@@ -110,7 +110,7 @@ def write_run(out: Path, script: str, base, settings: list[Stage], results: dict
     for i, tensors in results.items():
         header = config | more | {"stage": f"stage{i}"}
         save_tensors(out / "model" / f"stage{i}.safetensors", tensors, **header)
-    write_json(out / "config.json", config | {"data": [], "seed": 0})
+    write_json(out / "config.json", config | {"seed": 0})
 
 
 RELEASES = {"codiff": (convert_codiff, ["cave.pth", "codiff.pkl"]), "oscar": (convert_oscar, ["oscar.pkl"])}

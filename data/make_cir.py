@@ -340,9 +340,12 @@ def read(caches: Caches, tasks: list[Task]) -> dict[Path, list[tuple[int, Path]]
 # -------------------------------------------------------------------------------- command line
 
 
-def report(path: Path, found: dict, missing: dict[str, str], problems: list[str]) -> None:
-    """Adds what was made to bench.json, and prints the bits of all that it names."""
-    files = read_json(path).get("bits_per_pixel", {}) if path.exists() else {}
+def report(path: Path, found: dict, missing: dict[str, str], problems: list[str] | None) -> None:
+    """Adds what was made to bench.json, and prints the bits of all that it names. Problems are those of
+    --data; without (None) the earlier ones stay."""
+    before = read_json(path) if path.exists() else {}
+    files = before.get("bits_per_pixel", {})
+    problems = before.get("failed", []) if problems is None else problems
     for codec, levels in found.items():
         for level, names in levels.items():
             files.setdefault(codec, {}).setdefault(level, {}).update(names)
@@ -379,7 +382,7 @@ def main(argv: list[str] | None = None) -> None:
     if bool(args.pairs) != bool(args.task):
         raise UserError("--pairs and --task CODEC:LEVEL (as hific:low) go together")
     task = task_name(args.task) if args.task else None
-    found, missing, problems = {}, {}, []
+    found, missing, problems = {}, {}, None
     if args.data:
         tasks, missing = available(parse_tasks(args.codecs))
         found, problems = bench(args.data, args.out, tasks)

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 import codiff
 import oscar
 import sodiff
-from common import ROOT, TINY_SD, UserError, list_images, outputs, read_image, restore_files, run_cli
+from common import PHOTOS, ROOT, TINY_SD, UserError, list_images, outputs, read_image, restore_files, run_cli
 from data.files import LOCKS, each_file, in_repo, load_tensors, lock
 from data.results.evaluate import Metrics, mean, read_all
 
@@ -245,6 +246,21 @@ def test_two_trainings_do_not_write_into_one_folder(tmp_path):
     lock(tmp_path), lock(tmp_path)  # the same process may go on
     assert in_another_process(tmp_path) == 1 and in_another_process(tmp_path / "b") == 0
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_each_stage_has_its_own_photographs(tmp_path, no_evaluation):
+    """Stage 2 may be asked for too early; stage 1 then goes on with what it had."""
+    short = ["--s1-crop", 64, "--s1-batch", 1, "--s2-crop", 64, "--s2-batch", 1, "--s2-steps", 1, "--s1-widths", "16,16,24,32"]
+
+    def train(*args):
+        codiff.main([*map(str, ("train", "--out", tmp_path / "run", *args, *short))])
+        config = json.loads((tmp_path / "run" / "config.json").read_text())
+        return [[Path(d).name for d in config.get(f"data{stage}", [])] for stage in (1, 2)]
+    assert train("--stage", 1, "--s1-steps", 1) == [["train"], []]
+    with pytest.raises(UserError, match="data1 was .* but is .* now"):
+        train("--stage", 1, "--s1-steps", 1, "--data", PHOTOS / "val", "--resume")
+    assert train("--stage", 2, "--s1-steps", 1, "--data", PHOTOS / "val") == [["train"], ["val"]]
+    assert train("--stage", 1, "--s1-steps", 1, "--resume") == [["train"], ["val"]]
 
 
 def test_what_the_first_of_two_processes_refuses_ends_both(tmp_path, two_processes):

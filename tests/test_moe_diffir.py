@@ -562,7 +562,11 @@ def test_a_clip_in_half_precision_is_run_in_single(clip, tmp_path):
 
 SHORT = ["--s1-width", 16, "--s1-heads", 2, "--s1-crop", 64, "--s1-batch", 2, "--s2-crop", 64,
          "--s2-batch", 2, "--cache-latents", 5]
-LATENTS = "latents/5-64-1.npy"
+
+
+def latents_of(out):
+    """The cache's file, relative to the run's folder."""
+    return str(next(out.glob("latents/5-64-1-*.npy")).relative_to(out))
 
 
 def train_args(out, val):
@@ -601,7 +605,7 @@ def test_train_end_to_end(run, val):
         assert sum(load.values()) == pytest.approx(9, abs=1e-4) and sum(k[4] == "1" for k in load) == 7
         assert row["loss"] == pytest.approx(row["sd"] + row["dp"], rel=1e-4)
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-    assert files == {"config.json", "log.jsonl", "metrics.json", "samples/eval.png", LATENTS,
+    assert files == {"config.json", "log.jsonl", "metrics.json", "samples/eval.png", latents_of(out),
                      *(f"{folder}/stage{n}.safetensors" for folder in ("last", "model") for n in (1, 2))}
     results = json.loads((out / "metrics.json").read_text())
     assert set(results["results"]) == {"jpeg:5", "webp:5", "hevc:47", "vvc:47"}
@@ -611,7 +615,7 @@ def test_train_end_to_end(run, val):
     gap = results["gap_closed"]["vvc"]["restored, 1 step"]
     assert gap == pytest.approx((ours - low) / (high - low))
     assert common.list_images([val]) == sorted(val.glob("*.png"))  # nothing of the hidden cache
-    z_0 = np.load(out / LATENTS)
+    z_0 = np.load(out / latents_of(out))
     assert z_0.shape == (5, 16, 8, 8) and np.isfinite(z_0).all()
 
 
@@ -666,7 +670,7 @@ def test_tiles_keep_the_picture(trained):
 
 
 def same_run(one, two):
-    for name in ("log.jsonl", "metrics.json", LATENTS):
+    for name in ("log.jsonl", "metrics.json", latents_of(one)):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     for name in ("stage1.safetensors", "stage2.safetensors"):
         a, b = (load_tensors(folder / "model" / name)[0] for folder in (one, two))
@@ -823,6 +827,12 @@ def test_latent_errors_in_closed_form(val, capsys):
     assert f"jpeg:5 {one / own:.3f}" in capsys.readouterr().out
 
 
+def test_a_start_without_noise_is_no_start_from_noise():
+    with pytest.raises(UserError, match=r"--s1-start-t 999: .*to 499 \(--start lq\)"):
+        Stage1.paper().__class__(**(vars(Stage1.paper()) | {"start": "lq"}))
+    assert Stage1.paper().start_t == 999 and Stage1().start_t == 99
+
+
 def test_several_processes_refuse_to_wait_for_the_benchmark(val, tmp_path, monkeypatch, capsys):
     """One line with the command that makes it; after that they train. A picture that cannot be made is no
     reason to refuse for ever."""
@@ -842,6 +852,9 @@ def test_several_processes_refuse_to_wait_for_the_benchmark(val, tmp_path, monke
     caches = make_cir.caches_of([photos], None)
     tasks = make_cir.training_tasks(["jpeg:5", "webp"], caches)
     make_cir.refuse_to_wait(caches, tasks)
+    make_cir.main([*map(str, ("--pairs", val, val, "--task", "hific:low", "--out", photos / ".cir-bench"))])
+    make_cir.refuse_to_wait(caches, tasks)  # what failed is still known
+    shutil.rmtree(photos / ".cir-bench" / "hific")
     made = {str(p.parent.relative_to(photos / ".cir-bench")) for p in (photos / ".cir-bench").rglob("*.png")}
     assert made == {"original", "jpeg/5", "webp/5", "webp/10", "webp/15"}
     (photos / ".cir-bench" / "webp" / "10" / "flower.png").unlink()

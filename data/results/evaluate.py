@@ -400,15 +400,15 @@ def evaluate_codec(script, args) -> None:
         raise UserError(f"eval: none of the {len(files)} images can be read")
     results = {name: {k: mean([row[k] for row in rows]) for k in rows[0]}
                for name, rows in sums.items() if rows}
-    for r in rates:
-        results[f"OSCAR {script.NAMES[r]}"]["nominal bpp"] = script.BPP[r]
+    nominal = {f"OSCAR {script.NAMES[r]}": script.BPP[r] for r in rates}
     names = [n for n in metrics.names if n != "PSNR-B"]  # blocks of 8x8 are JPEG's
     print(f"\n{len(sums['VAE alone'])} images (padded and cropped; 8-bit; bits counted from the files)")
     print(text_table(["", "nominal bpp", "true bpp", *names],
-                     [[name, row.get("nominal bpp"), row["bpp"], *(row[k] for k in names)]
+                     [[name, nominal.get(name), row["bpp"], *(row[k] for k in names)]
                       for name, row in results.items()]))
-    labels = [f"{name}: {results[name]['bpp']:.4f} bpp" for name in codecs]
-    comparison_picture(strips, ["original", *labels, "VAE alone: the base's ceiling"], picture_of(args))
+    if strips:  # of pictures that every codec could take
+        labels = [f"{name}: {results[name]['bpp']:.4f} bpp" for name in codecs]
+        comparison_picture(strips, ["original", *labels, "VAE alone: the base's ceiling"], picture_of(args))
     try:
         from data.results.figures import draw_curve
         print(f"rate-distortion curve: {draw_curve(results, args.weights / 'samples' / 'rd.png')}")

@@ -226,7 +226,7 @@ def draw_cosines(axis, log: list[dict], names: list[str]) -> None:
 @torch.inference_mode()
 def training_latents(oscar, sd, config: dict, cfg) -> list[Tensor]:
     """Of the first crops, which stage 1 measured."""
-    photos = oscar.Photos([ROOT / folder for folder in config["data"]], cfg, 1, config["seed"])
+    photos = oscar.Photos([ROOT / folder for folder in config["data1"]], cfg, 1, config["seed"])
     crops = (photos[n][1][None].to(device()) for n in range(min(64, cfg.measure)))
     return [sd.encode(x).float() for x in crops]
 
