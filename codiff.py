@@ -71,8 +71,9 @@ class Stage2(Stage):
     dists: str           = both("small",     "vgg16",   "Eq. 7; 'small' needs no download", None, DISTS)
     lambda_P: float      = both(0.02,        1.0,       "Sec. 4.1, Eq. 7")
     lambda_G: float      = both(5e-3,        5e-3,      "Sec. 4.1, Eq. 10")
-    T_D: int             = both(199,         199,       "released code: D's timestep", most=999)
+    T_D: int             = both(0,           199,       "released code: D's timestep", most=999)
     lr: float            = both(2e-3,        5e-5,      "Sec. 4.1")
+    lr_D: float          = both(5e-4,        5e-5,      "Sec. 4.1: one for both")
     weight_decay: float  = both(1e-5,        1e-5,      "Sec. 4.1")
     clip: float          = both(1.0,         1.0,       "released code: gradient norm")
     checkpointing: bool  = both(False,       False,     "ours: less memory, more time")
@@ -321,7 +322,8 @@ def stage2(run: Run, cfg: Stage2) -> None:
         m.enable_gradient_checkpointing()
     acc, fingerprint = run.start(2, cfg, generator=G, discriminator=D), G.sd.fingerprint
     pairs = JPEGPairs(run.data, cfg, G.multiple, run.seed + 1)
-    opt_G, opt_D = (torch.optim.AdamW(m.parameters(), cfg.lr, weight_decay=cfg.weight_decay) for m in (G, D))
+    opt_G, opt_D = (torch.optim.AdamW(m.parameters(), lr, weight_decay=cfg.weight_decay)
+                    for m, lr in ((G, cfg.lr), (D, cfg.lr_D)))
     G, D, opt_G, opt_D = acc.prepare(G, D, opt_G, opt_D)
     G.train(), D.train(), dists.to(acc.device), real.to(acc.device)
     critic, shape = acc.unwrap_model(D), real.latent_shape(cfg.crop)
@@ -352,7 +354,7 @@ def stage2(run: Run, cfg: Stage2) -> None:
             l_D = loss_D(fake, true)
             acc.backward(l_D)
             run.update(D, opt_D, step)
-        run.log(l2=l_2, dists=l_dists, gan_g=l_G, gan_d=l_D, loss=loss)
+        run.log(l2=l_2, dists=l_dists, gan_g=l_G, gan_d=l_D, right=critic.accuracy(fake, true), loss=loss)
     run.save(G, fingerprint=fingerprint)
 
 

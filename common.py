@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.files import (ROOT, UserError, append, atomic, each_file, in_repo, list_images,  # noqa: F401
-                        load_tensors, load_trained, note, outputs, read_json, save_tensors, take, trained,
-                        why, write_json)
+from data.files import (ROOT, SHIPPED, UserError, append, atomic, each_file, in_repo,  # noqa: F401
+                        list_images, load_tensors, load_trained, note, outputs, read_json, read_model,
+                        save_tensors, take, trained, why, write_json)
 from data.pictures import (PHOTOS, Crops, Tiles, check_tile, jpeg, leave_ctrl_c_to_the_parent,  # noqa: F401
                            noise_for, pad_to, read_image, restore_files, rng, to_image, to_tensor,
                            torch_rng)
@@ -244,6 +244,11 @@ class Discriminator(nn.Module):
         """Logits (B, 1, h, w), high for real; c (B, L, D): the given condition; `more` goes to the UNet."""
         c = self.prompt.expand(len(z), -1, -1) if c is None else self.proj(c)
         return self.head(self.unet(z, torch.as_tensor(t, device=z.device).expand(len(z)), c, **more).sample)
+
+    @staticmethod
+    def accuracy(fake: Tensor, real: Tensor) -> Tensor:
+        """How often logits tell made from real; 1/2 is chance."""
+        return torch.cat([fake < 0, real > 0]).float().mean()
 
 
 @contextmanager
@@ -489,7 +494,8 @@ class Run:
         if self.acc.sync_gradients and cfg.clip:
             self.acc.clip_grad_norm_(module.parameters(), cfg.clip)
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1.0, (1 - step / cfg.steps) / cfg.decay if cfg.decay else 1.0)
+            peak = group.setdefault("initial_lr", group["lr"])
+            group["lr"] = peak * min(1.0, (1 - step / cfg.steps) / cfg.decay if cfg.decay else 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -511,17 +517,6 @@ class Run:
         self.first(save_tensors, path, trained(self.acc.unwrap_model(module)), **header, stage=self.stage)
 
 
-def read_model(weights: Path, script: str, stage: int = 2) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, header) of a stage's result, if this script made it."""
-    path = weights / "model" / f"stage{stage}.safetensors"
-    if not path.exists():
-        raise UserError(f"{path}: no such file; {script}.py train --stage {stage} makes it (stage 1 first)")
-    tensors, header = load_tensors(path)
-    if (header.get("script"), header.get("stage")) != (script, f"stage{stage}"):
-        raise UserError(f"{path}: not made by {script}.py's stage {stage}")
-    return tensors, header
-
-
 # --------------------------------------------------------------------------------- command line
 
 TOOLS = {"eval": "evaluate", "profile": "complexity", "figures": "figures"}  # command -> data/results/NAME.py
@@ -531,6 +526,8 @@ class CommandLine(argparse.ArgumentParser):
     """A script's commands; one clear line and exit code 2 for a bad flag. Measuring is no part of a method:
     eval, profile and figures are passed on to data/results/*.py."""
 
+    tools = TOOLS
+
     def error(self, message):
         note(f"{self.prog}: {message} (see {self.prog} --help)")
         sys.exit(2)
@@ -538,7 +535,7 @@ class CommandLine(argparse.ArgumentParser):
     def command(self, name: str, what: str, run) -> CommandLine:
         if not self._subparsers:
             self.commands = self.add_subparsers(dest="command", required=True)
-            for other, file in TOOLS.items():
+            for other, file in self.tools.items():
                 self.commands.add_parser(other, help=f"see data/results/{file}.py", add_help=False)
         p = self.commands.add_parser(name, help=what, description=what)
         p.set_defaults(run=run)
@@ -569,7 +566,7 @@ class CommandLine(argparse.ArgumentParser):
 
     def run(self, argv: list[str] | None) -> None:
         argv = sys.argv[1:] if argv is None else argv
-        if argv and argv[0] in TOOLS:
+        if argv and argv[0] in self.tools:
             return tool(argv[0], self.prog[:-3], *argv[1:])
         args = self.parse_args(argv)
         args.run(args)
@@ -577,7 +574,9 @@ class CommandLine(argparse.ArgumentParser):
 
 def model_flags(p: argparse.ArgumentParser, script: str) -> None:
     """What `restore` and the tools need to find a trained model."""
-    p.add_argument("--weights", type=Path, default=ROOT / "runs" / script, help="a run's folder")
+    own = ROOT / "runs" / script
+    p.add_argument("--weights", type=Path, default=own if (own / "model").exists() else SHIPPED / script,
+                   help="a run's folder (default: your last run's, or the weights that ship)")
     p.add_argument("--base", help="the diffusers folder or hub id it was trained on (default: as recorded)")
     p.add_argument("--tile", type=int, metavar="PX", help="work in windows of PX x PX pixels: bounded memory")
 

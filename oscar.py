@@ -77,6 +77,8 @@ class Stage1(Stage):
     crop: int            = both(128,          256,       "ours: the paper does not say")
     zoom: int            = both(2,            1,         "ours: some crops are larger by this, then reduced")
     jitter: float        = both(0.2,          0.0,       "ours: of contrast, brightness; nine photos are few")
+    period: int          = both(512,          0,         "ours: as many crops, encoded once; 0: all new")
+    lambda_z: float      = both(1.0,          0.0,       "ours: of |z_tilde - z_0|^2, for lengths")
     lr: float            = both(1e-3,         2e-5,      "Sec. 4.1")
     batch: int           = both(8,            64,        "Sec. 4.1")
     steps: int           = both(200,          10_000,    "Sec. 4.1")
@@ -110,14 +112,15 @@ class Stage2(Stage):
 
 class Photos(Crops):
     """Sample n -> (n, x): a crop, or one of up to `zoom` times the size, reduced; contrast and brightness of
-    each channel changed by up to `jitter`."""
+    each channel changed by up to `jitter`. `period`: sample n is sample n % period."""
 
     def __init__(self, folders, cfg: Stage1 | Stage2, multiple: int, seed: int):
         cfg.check_crop(multiple)
         super().__init__(folders, cfg.crop * cfg.zoom, seed)
-        self.cfg = cfg
+        self.cfg, self.period = cfg, getattr(cfg, "period", 0)
 
     def __getitem__(self, n: int) -> tuple[int, Tensor]:
+        n = n % self.period if self.period else n
         r = rng(self.seed, 2, n)
         times = int(r.integers(1, self.cfg.zoom + 1))
         side = times * self.cfg.crop
@@ -259,14 +262,16 @@ class HyperEncoder(nn.Module):
 
 
 class HyperEncoders(nn.ModuleList):
-    """One a rate, on latents of C channels; called with z_0, all their losses: L_sim (8,), L_VQ (8,)."""
+    """One a rate, on latents of C channels; called with z_0, all their losses (8,): L_sim, L_VQ, and the mean
+    squared error of z_tilde."""
 
     def __init__(self, cfg: Stage1, C: int):
         super().__init__(HyperEncoder(C, cfg.N, cfg.M, cfg.D, s, v) for s, v in RATES.values())
 
-    def forward(self, z_0: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, z_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z_tilde, l_vq = zip(*(Q(z_0) for Q in self))
-        return torch.stack([loss_sim(z_0, z) for z in z_tilde]), torch.stack(l_vq)
+        losses = [loss_sim(z_0, z) for z in z_tilde], l_vq, [F.mse_loss(z, z_0) for z in z_tilde]
+        return tuple(map(torch.stack, losses))
 
 
 class OSCAR(nn.Module):
@@ -438,17 +443,23 @@ def stage1(run: Run, cfg: Stage1) -> None:
     acc = run.start(1, cfg, **{f"Q, {name} bpp": Q for name, Q in zip(NAMES, Qs)})
     all_rates, optimizer = acc.prepare(Qs, torch.optim.Adam(Qs.parameters(), cfg.lr))
     all_rates.train(), sd.to(acc.device)
+    known: dict[int, Tensor] = {}  # latents of crops that come again
     for step, (n, x) in run.loop(photos, {"Q": all_rates}, {"adam": optimizer}):
         with acc.accumulate(all_rates):
-            with torch.no_grad(), acc.autocast():
-                z_0 = sd.encode(x, noise_for(n, shape, run.seed, 3)).float()
-            l_sim, l_vq = all_rates(z_0)  # (8,), (8,)
-            # Eq. 8, summed over the rates, which share no weights
-            loss = (l_sim + l_vq).sum()
-            run.gradients(step, Qs, sim=l_sim.sum(), vq=l_vq.sum())
+            if known.keys() >= {*n.tolist()}:
+                z_0 = torch.stack([known[i] for i in n.tolist()])
+            else:
+                with torch.no_grad(), acc.autocast():
+                    z_0 = sd.encode(x, noise_for(n, shape, run.seed, 3)).float()
+                known |= zip(n.tolist(), z_0) if cfg.period else {}
+            l_sim, l_vq, l_z = all_rates(z_0)  # (8,) each
+            # Eq. 8, summed over the rates, which share no weights; and `lambda_z`
+            loss = (l_sim + l_vq + cfg.lambda_z * l_z).sum()
+            run.gradients(step, Qs, sim=l_sim.sum(), vq=l_vq.sum(), z=cfg.lambda_z * l_z.sum())
             acc.backward(loss)
             run.update(all_rates, optimizer, step)
-        run.log(sim=l_sim.mean(), vq=l_vq.mean(), **{f"cos@{k}": -v for k, v in zip(NAMES, l_sim)})
+        cosines = {f"cos@{k}": -v for k, v in zip(NAMES, l_sim)}
+        run.log(sim=l_sim.mean(), vq=l_vq.mean(), z=l_z.mean(), **cosines)
         if acc.sync_gradients:
             for r, Q in enumerate(Qs):
                 update_codebook(run, Q, r, cfg.ema, step, run.seed)
@@ -524,8 +535,8 @@ def stage2(run: Run, cfg: Stage2, cfg1: Stage1) -> None:
             l_D = loss_D(fake, true)
             acc.backward(l_D)
             run.update(D, opt_D, step)
-        run.log(repa=l_repa, vq=l_vq, mse=l_mse, dists=l_dists, ea=l_ea, gan_g=l_G, gan_d=l_D, loss=loss,
-                **{f"cos@{NAMES[r]}": -l_sim})
+        run.log(repa=l_repa, vq=l_vq, mse=l_mse, dists=l_dists, ea=l_ea, gan_g=l_G, gan_d=l_D,
+                right=critic.accuracy(fake, true), loss=loss, **{f"cos@{NAMES[r]}": -l_sim})
         if acc.sync_gradients:
             update_codebook(run, Qs[r], r, cfg1.ema, step, run.seed + 1)
     run.save(G, **header)

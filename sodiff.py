@@ -86,6 +86,7 @@ class Stage2(Stage):
     alpha: float         = both(1e-2,        1e-2,        "Sec. 4.1, Eq. 12")
     beta: float          = both(1e-3,        1e-3,        "Sec. 4.1, Eq. 12; 0: Table 3's w/o L_qf", "beta")
     lr: float            = both(2e-3,        1e-5,        "Sec. 4.1")
+    lr_D: float          = both(5e-4,        1e-5,        "Sec. 4.1: one for both")
     weight_decay: float  = both(1e-2,        1e-2,        "ours: AdamW's own")
     checkpointing: bool  = both(False,       False,       "ours: less memory, more time")
     batch: int           = both(2,           2,           "Sec. 4.1")
@@ -537,7 +538,8 @@ def stage2(run: Run, cfg: Stage2) -> None:
         m.enable_gradient_checkpointing()
     acc = run.start(2, cfg, generator=G, discriminator=D)
     pairs = JPEGPairs(run.data, cfg, G.multiple, run.seed + 1)
-    opt_G, opt_D = (torch.optim.AdamW(m.parameters(), cfg.lr, weight_decay=cfg.weight_decay) for m in (G, D))
+    opt_G, opt_D = (torch.optim.AdamW(m.parameters(), lr, weight_decay=cfg.weight_decay)
+                    for m, lr in ((G, cfg.lr), (D, cfg.lr_D)))
     G, D, opt_G, opt_D = acc.prepare(G, D, opt_G, opt_D)
     G.train(), D.train(), dists.to(acc.device)
     critic, sd, seed = acc.unwrap_model(D), acc.unwrap_model(G).sd, run.seed
@@ -569,10 +571,12 @@ def stage2(run: Run, cfg: Stage2) -> None:
             t = random_timesteps(n, T, seed, 8)
             noise = torch.cat([noise_for(n, shape, seed, 9), noise_for(n, shape, seed, 10)])
             logits = D(torch.cat([z_hat.detach(), z_hq]), torch.cat([t, t]), torch.cat([e_img, e_img]), noise)
-            l_D = loss_D(*logits.chunk(2))
+            fake, true = logits.chunk(2)
+            l_D = loss_D(fake, true)
             acc.backward(l_D)
             run.update(D, opt_D, step)
-        run.log(mse=l_mse, ea=l_ea, gan_g=l_G, gan_d=l_D, qf=l_qf, tau=tau.mean(), loss=loss)
+        run.log(mse=l_mse, ea=l_ea, gan_g=l_G, gan_d=l_D, right=critic.accuracy(fake, true), qf=l_qf,
+                tau=tau.mean(), loss=loss)
     run.save(G, fingerprint=sd.fingerprint)
 
 

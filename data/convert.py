@@ -3,6 +3,7 @@
     python -m data.convert codiff cave.pth codiff.pkl --out runs/official      # their README links the files
     python -m data.convert oscar oscar.pkl --out runs/official-oscar           # jinpeig/OSCAR on the hub
     python codiff.py restore photo.jpg -o photo.png --weights runs/official
+    python -m data.convert half runs/codiff --out data/weights/codiff          # a run in half precision, to ship
 
 Needs the base they were trained on, SD 2.1-base or SD 2.1. Nothing in a file is executed."""
 
@@ -18,7 +19,8 @@ from torch import Tensor
 import codiff
 import common
 import oscar
-from common import Stage, UserError, load_trained, note, save_tensors, trained, write_json
+from common import (Stage, UserError, load_trained, note, read_json, read_model, save_tensors, trained,
+                    write_json)
 
 
 def load_pickle(path: Path) -> dict:
@@ -113,23 +115,33 @@ def write_run(out: Path, script: str, base, settings: list[Stage], results: dict
     write_json(out / "config.json", config | {"seed": 0})
 
 
-RELEASES = {"codiff": (convert_codiff, ["cave.pth", "codiff.pkl"]), "oscar": (convert_oscar, ["oscar.pkl"])}
+def convert_half(run: Path, base: str | None, out: Path) -> None:
+    """What restoring needs of a run (OSCAR: stage 2 alone), in half precision and nothing else."""
+    script = read_json(run / "config.json").get("script", "codiff")
+    for stage in (2,) if script == "oscar" else (1, 2):
+        tensors, header = read_model(run, script, stage)
+        half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
+        save_tensors(out / "model" / f"stage{stage}.safetensors", half, **header)
+
+
+RELEASES = {"codiff": (convert_codiff, ["cave.pth", "codiff.pkl"]), "oscar": (convert_oscar, ["oscar.pkl"]),
+            "half": (convert_half, ["RUN"])}
 
 
 def main(argv: list[str] | None = None) -> None:
     p = common.CommandLine("convert.py", description="released checkpoints into a run's folder")
-    p.add_argument("script", choices=list(RELEASES))
-    p.add_argument("files", nargs="+", type=Path, metavar="FILE", help="cave.pth codiff.pkl, or oscar.pkl")
+    p.add_argument("kind", choices=list(RELEASES), help="whose release; half: of a run")
+    p.add_argument("files", nargs="+", type=Path, help="cave.pth codiff.pkl; oscar.pkl; a run's folder")
     p.add_argument("--out", type=Path, required=True, help="the folder to write")
     p.add_argument("--base", help="diffusers folder or hub id (default: the paper's)")
     args = p.parse_args(argv)
-    convert, names = RELEASES[args.script]
+    convert, names = RELEASES[args.kind]
     if len(args.files) != len(names):
-        p.error(f"{args.script} takes {' and '.join(names)}")
+        p.error(f"{args.kind} takes {' and '.join(names)}")
     if (args.out / "config.json").exists():
         raise UserError(f"--out {args.out}: holds a run; name another folder")
     convert(*args.files, args.base, args.out)
-    print(f"{args.out}: {args.script}'s released model; {args.script}.py takes it by --weights {args.out}")
+    print(f"{args.out}: written; the script takes it by --weights {args.out}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repo
+SHIPPED = ROOT / "data" / "weights"  # a trained model a script, for those who have none of their own
 IMAGE_SUFFIXES = set(Image.registered_extensions()) - {".pdf", ".mpg", ".mpeg", ".h5", ".hdf"}
 
 
@@ -141,6 +142,19 @@ def load_trained(module: nn.Module, tensors: dict[str, Tensor], source: Path) ->
             raise UserError(f"{source}: does not fit: {k} is missing, unknown or of another size")
     module.load_state_dict(tensors, strict=False)
     return module
+
+
+def read_model(weights: Path, script: str, stage: int = 2) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, header) of a stage's result, if this script made it."""
+    if weights == SHIPPED / script and stage == 2:
+        note(f"{in_repo(weights)}: the weights that ship with this program; {script}.py train makes others")
+    path = weights / "model" / f"stage{stage}.safetensors"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; {script}.py train --stage {stage} makes it (stage 1 first)")
+    tensors, header = load_tensors(path)
+    if (header.get("script"), header.get("stage")) != (script, f"stage{stage}"):
+        raise UserError(f"{path}: not made by {script}.py's stage {stage}")
+    return tensors, header
 
 
 def list_images(paths: list[str | Path]) -> list[Path]:

@@ -1,66 +1,106 @@
 """Makes `data/tiny-sd`: a Stable Diffusion in miniature, in the diffusers layout of SD 2.1-base.
 
-    python -m data.make_tiny_sd --data PHOTOS --val OTHER_PHOTOS     (from the repo's root)
+    python -m data.make_tiny_sd train --data PHOTOS --val OTHER_PHOTOS     (from the repo's root)
 
-Each `--data` folder may hold a `captions.jsonl` ({"file", "caption"} a line). Three stages, all
-resumable (run the same command again), on CUDA or a CPU:
+    x -> VAE encoder -> z -> VAE decoder -> x_hat
+                        \\-> z_t -> UNet(t, text encoder(caption)) -> eps_hat
 
-    1. VAE: the encoder starts as an exact 8x8 principal component analysis of the photographs
-       (`pca_encoder`) and is frozen while the decoder learns; then both train; all on cheap crops of
-       64x64. There the decoder comes to rely on that size: GroupNorm sees a fixed share of zero-padded
-       border, and contrast is wrong at any other (27.8 dB at 64x64, 19.7 at 256x256; after a phase of
-       192x192 alone 27.1 there, 24.6 at 288x288). So it ends on crops of 64 to 288 pixels a side.
-    2. text encoder + UNet: text-to-image noise prediction on the latents, as Stable Diffusion; the text
-       encoder also learns to tell captions apart, as CLIP.
-    3. validation figures, written to `data/tiny-sd/README.md` with the recipe.
+1. `pca_encoder`: the encoder begins as principal components of 8x8 pixels, written into a network.
+2. `stage1` trains the VAE, on crops of 64 to 256 px; a penalty keeps the latents close to those components.
+   One normalisation group: with several of a few channels each, their statistics hang on the crop's share of
+   zero-padded border, and contrast fails at sizes not trained on. Weight decay: weights before a norm
+   otherwise grow without end.
+3. `stage2`: noise prediction on windows of the first encoder's latents, given captions. The text encoder also
+   learns to tell captions apart, as CLIP; they name what so small a network can paint: light and colour.
+4. `assemble`: the averages of both trainings' last weights, in half precision, with figures.
 
-Matrices of VAE and UNet are trained with Muon (orthogonalised momentum, Jordan et al. 2024), the rest with
-AdamW.
+Stages do not need each other, so that both may run at once, in runs of their own:
+
+    python -m data.make_tiny_sd train --stage 1 --data PHOTOS --val OTHERS --out runs/vae
+    python -m data.make_tiny_sd train --stage 2 --data PHOTOS --val OTHERS --out runs/unet
+    python -m data.make_tiny_sd assemble runs/vae runs/unet --val OTHERS
+
+A folder of photographs may hold a `captions.jsonl` (for each picture a line {"file", "caption"}).
 """
 
-import argparse
+import colorsys
+import copy
 import json
 import math
-import platform
-import time
+import os
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from common import ROOT, load_part, load_trained, run_cli, trained
-from data.files import UserError, atomic, list_images, load_tensors, note, save_tensors
+from common import TINY_SD, CommandLine, Crops, Run, Stage, both, load_part, load_trained, run_cli
+from data.files import list_images, read_model
 from data.pictures import read_image, rng, to_tensor, torch_rng
+from sodiff import read_captions
 
 LATENTS, WIDTHS, TEXT = 16, (16, 32, 64, 128), 96
+NOISE = 0.03  # which the decoder learns to bear, in units of the latents' deviation
+DECAY = 0.1  # of all matrices
+SCHEDULER = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",  # as SD's
+                          clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+
+
+@dataclass
+class Stage1(Stage):
+    """The VAE."""
+    crop: int            = both(256,   256,   "pixels a side of a sample: one crop, or several smaller ones")
+    hold: float          = both(0.02,  0.02,  "of the latents' squared distance from the first encoder's")
+    lr: float            = both(0.02,  0.02,  "Muon's")
+    lr_adam: float       = both(2e-3,  2e-3,  "for what is no matrix, and for the encoder")
+    decay: float         = both(0.7,   0.7,   "last part of the run in which lr falls to 0")
+    batch: int           = both(1,     1,     "samples")
+    steps: int           = both(9000,  9000,  "two and a half hours of one CPU thread")
+
+
+@dataclass
+class Stage2(Stage):
+    """UNet and text encoder."""
+    crop: int            = both(80,    80,    "latents a side of all windows of a sample together")
+    clip_alone: int      = both(400,   400,   "steps without the UNet, until it has words to hear")
+    lr: float            = both(0.01,  0.01,  "Muon's")
+    lr_adam: float       = both(1e-3,  1e-3,  "for what is no matrix, and for the text encoder")
+    decay: float         = both(0.7,   0.7,   "last part of the run in which lr falls to 0")
+    batch: int           = both(1,     1,     "samples")
+    steps: int           = both(6000,  6000,  "two and a half hours of one CPU thread")
+
+
+# ------------------------------------------------------------------------------------------ training
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised by five Newton-Schulz steps (matrices and conv kernels).
+    """Momentum whose update is orthogonalised (Jordan et al. 2024), for matrices and convolution kernels.
     torch.optim.Muon does the same for 2-d weights only and in bfloat16, which many CPUs emulate."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            for p in (p for p in group["params"] if p.grad is not None):
                 m = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 m.mul_(group["momentum"]).add_(p.grad)
-                u = p.grad.add(m, alpha=group["momentum"]).flatten(1)
-                u = orthogonal(u) * max(1, u.shape[0] / u.shape[1]) ** 0.5
-                p.add_(u.view_as(p), alpha=-group["lr"])
+                u = orthogonal(p.grad.add(m, alpha=group["momentum"]).flatten(1))
+                u *= max(1, u.shape[0] / u.shape[1]) ** 0.5
+                p.mul_(1 - group["lr"] * DECAY).add_(u.view_as(p), alpha=-group["lr"])
 
 
 def orthogonal(g: Tensor) -> Tensor:
+    """Nearly the closest matrix with orthonormal rows or columns, by five Newton-Schulz steps."""
     x = g / (g.norm() + 1e-7)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
@@ -70,190 +110,198 @@ def orthogonal(g: Tensor) -> Tensor:
     return x.T if tall else x
 
 
-def optimizers(parts: dict[float, list[torch.nn.Module]], lr: float, adam_lr: float,
-               plain: list[torch.nn.Module] = []):
-    """Muon and AdamW over modules; the dict's keys scale the learning rates. AdamW alone for the `plain`
-    ones."""
-    muon, adam = [], []
-    if plain:
-        params = [p for m in plain for p in m.parameters()]
-        adam.append({"params": params, "lr": adam_lr, "base": adam_lr})
-    for scale, modules in parts.items():
-        params = [p for m in modules for p in m.parameters()]
-        wide = [p for p in params if p.ndim >= 2 and min(p.shape[:2]) >= 8 and p.shape[0] < 1000]
-        ids = {id(p) for p in wide}
-        rest = [p for p in params if id(p) not in ids]
-        muon.append({"params": wide, "lr": lr * scale, "base": lr * scale})
-        adam.append({"params": rest, "lr": adam_lr * scale, "base": adam_lr * scale})
-    adamw = torch.optim.AdamW(adam, adam_lr, betas=(0.9, 0.99), weight_decay=0.0)
-    return {"muon": Muon(muon, lr), "adam": adamw} if muon else {"adam": adamw}
+def optimizers(cfg: Stage1 | Stage2, modules, plain) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of `modules`, AdamW for what else they have and for all of the `plain` ones."""
+    params = [p for m in modules for p in m.parameters()]
+    wide = {id(p): p for p in params if p.ndim > 1 and min(p.shape[:2]) >= 8}
+    rest = [p for p in params if id(p) not in wide] + [p for m in plain for p in m.parameters()]
+    adam = [{"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in rest if p.ndim > 1], "weight_decay": DECAY}]
+    return [Muon(wide.values(), cfg.lr), torch.optim.AdamW(adam, cfg.lr_adam, betas=(0.9, 0.99))]
+
+
+def train_stage(run: Run, number: int, cfg: Stage1 | Stage2, data, model: nn.Module, parts, plain, loss_at,
+                figures) -> None:
+    """Steps down loss_at(step, batch); what it keeps, and what `figures` sees, is an average of the model's
+    last weights."""
+    acc = run.start(number, cfg, float32=True, **{type(model).__name__: model})
+    model.to(acc.device, memory_format=torch.channels_last)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.996))
+    muon, adam = acc.prepare(*optimizers(cfg, parts, plain))
+    modules = {"model": model, "average": average}
+    for step, batch in run.loop(data, modules, {"muon": muon, "adam": adam}):
+        with acc.accumulate(model):
+            terms = loss_at(step, batch)
+            acc.backward(terms["loss"])
+            for optimizer in (muon, adam):
+                run.update(model, optimizer, step)
+        average.update_parameters(model)
+        run.log(**terms)
+        if (step + 1) % (10 * cfg.save_every) == 0 or step + 1 == cfg.steps:
+            tqdm.write(f"step {step + 1}: {figures(average.module)}")
+    run.save(average.module.requires_grad_(True))  # all of it is kept
+
+
+# ----------------------------------------------------------------------------------------------- VAE
 
 
 @torch.no_grad()
-def pca_encoder(vae: AutoencoderKL, photos: list[np.ndarray]) -> None:
-    """Sets the encoder to the linear map that keeps the `LATENTS` strongest principal components of
-    8x8 patches, each scaled to unit variance: 2x2 cells are gathered by the three strided convolutions,
-    each followed by as many components as it has channels. Residual branches start at zero. The last
-    GroupNorm and SiLU are made linear: every latent stands there with both signs, since
-    silu(a) - silu(-a) = a, and beside constants +-A, which alone set the group's variance."""
-    for name, m in vae.named_modules():
-        if name.endswith((".conv2", ".to_out.0")):
-            torch.nn.init.zeros_(m.weight), torch.nn.init.zeros_(m.bias)
+def pca_encoder(vae: AutoencoderKL, x: Tensor) -> None:
+    """Makes of the encoder the linear map to the `LATENTS` strongest principal components of x's 8x8
+    patches: its three strided convolutions gather 2x2 cells each and keep as many components as they have channels.
+    Residual branches are zero, but for random features in channels that the components leave free: whoever
+    divides an encoder's features by their deviation should find few that are constant.
 
-    def clear(m, eye=0):
-        m.weight.zero_(), m.bias.zero_()
+    Half-whitened: a component of variance v is scaled by v^(-1/4), and all to a mean square of 1. Squared
+    errors and angles between latents then weigh brightness more than the faintest texture, yet count both.
+
+    The last GroupNorm and SiLU are made linear: every latent stands there with both signs, since
+    silu(a) - silu(-a) = a, and beside constants +-`big` that alone set the group's variance."""
+    def clear(layer, eye=0):
+        layer.weight.zero_(), layer.bias.zero_()
         for c in range(eye):
-            m.weight[c, c, m.weight.shape[2] // 2, m.weight.shape[3] // 2] = 1
-        return m
+            layer.weight[c, c, layer.weight.shape[2] // 2, layer.weight.shape[3] // 2] = 1
+        return layer
 
-    enc, h = vae.encoder, torch.stack([crop(p, (192, 192), rng(7, i)) for i, p in enumerate(photos)])
+    enc, h = vae.encoder, x
+    for name, layer in enc.named_modules():
+        if name.endswith((".conv2", ".to_out.0")):
+            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
     clear(enc.conv_in, 3)
-    for i, block in enumerate(enc.down_blocks):
-        shortcut = block.resnets[0].conv_shortcut
-        if shortcut is not None:
-            clear(shortcut, shortcut.in_channels)
-        if block.downsamplers is None:
-            break
-        conv, n = clear(block.downsamplers[0].conv), h.shape[1]
+    for i, block in enumerate(enc.down_blocks[:3]):
+        resnet, conv, n = block.resnets[0], clear(block.downsamplers[0].conv), h.shape[1]
+        if resnet.conv_shortcut is not None:
+            clear(resnet.conv_shortcut, resnet.in_channels)
+        resnet.conv2.weight[n:].normal_(std=resnet.conv2.weight[0].numel() ** -0.5)
         cells = F.pixel_unshuffle(h, 2).permute(0, 2, 3, 1).reshape(-1, 4 * n)
         mean, (power, basis) = cells.mean(0), torch.linalg.eigh(torch.cov(cells.T))
         k = LATENTS if i == 2 else min(conv.out_channels, 4 * n)
-        basis = basis.flip(1)[:, :k] / (power.flip(0)[:k].sqrt() if i == 2 else 1)
-        conv.weight[:k, :n, :2, :2] = basis.T.reshape(k, n, 2, 2)
-        conv.bias[:k] = -mean @ basis
+        basis, power = basis.flip(1)[:, :k], power.flip(0)[:k].clamp_min(1e-6 * power[-1])
+        if i == 2:
+            basis = basis / (power.sqrt() * power.sqrt().mean()).sqrt()
+        conv.weight[:k, :n, :2, :2], conv.bias[:k] = basis.T.reshape(k, n, 2, 2), -mean @ basis
         h = F.conv2d(F.pad(h, (0, 1, 0, 1)), conv.weight[:k, :n], conv.bias[:k], stride=2)
-    groups, big = enc.conv_norm_out.num_groups, 20.0
-    size, each = WIDTHS[-1] // groups, LATENTS // groups
-    spread = enc.down_blocks[-1].resnets[0].conv_shortcut
-    clear(spread), clear(enc.conv_out), clear(vae.quant_conv, 2 * LATENTS)
-    for i in range(LATENTS):
-        plus = i // each * size + i % each
-        for channel, sign in ((plus, 1), (plus + each, -1)):
-            spread.weight[channel, i] = sign
-            enc.conv_norm_out.weight[channel] = big * (2 / size) ** 0.5
-            enc.conv_out.weight[i, channel, 1, 1] = sign
-    for g in range(groups):
-        spread.bias[g * size + 2 * each], spread.bias[g * size + 2 * each + 1] = big, -big
-    enc.conv_out.bias[LATENTS:] = -6.0  # log-variance: posterior noise of 0.05
+    spread, big = clear(enc.down_blocks[-1].resnets[0].conv_shortcut), 100.0
+    enc.conv_norm_out.weight.fill_(big * (2 / WIDTHS[-1]) ** 0.5)
+    clear(enc.conv_out), clear(vae.quant_conv, 2 * LATENTS)
+    for channel in range(2 * LATENTS):
+        sign, latent = (1, -1)[channel // LATENTS], channel % LATENTS
+        spread.weight[channel, latent] = enc.conv_out.weight[latent, channel, 1, 1] = sign
+    spread.bias[2 * LATENTS], spread.bias[2 * LATENTS + 1] = big, -big
+    enc.conv_out.bias[LATENTS:] = 2 * math.log(NOISE)  # the log-variance
 
 
-def crop(photo: np.ndarray, size: tuple[int, int], r: np.random.Generator) -> Tensor:
-    """A random crop, half of the time mirrored; (3, *size) in [-1, 1]. Offsets are arbitrary, so
-    that the 8x8 grid of photographs that are JPEGs themselves falls anywhere."""
-    y, x = (r.integers(n - m + 1) for n, m in zip(photo.shape, size))
-    a = photo[y:y + size[0], x:x + size[1]]
-    return torch.from_numpy(a[:, ::-1].copy() if r.random() < 0.5 else a.copy()).permute(2, 0, 1) / 127.5 - 1
+
+class Pictures(Crops):
+    """Sample n -> crops (B, 3, side, side) of different photographs, always about as many pixels. Offsets are
+    arbitrary, so that the 8x8 grid of photographs that are JPEGs themselves falls anywhere."""
+    turns = 1
+
+    def __getitem__(self, n: int) -> tuple[Tensor]:
+        side = int(rng(self.seed, 2, n).choice([64] * 5 + [96, 96, 128, 192, 256]))
+        crops = (self.crop(16 * n + i)[:side, :side] for i in range(round((self.size / side) ** 2)))
+        return (torch.stack([to_tensor(Image.fromarray(a)) for a in crops]),)
 
 
-def new_models(captions: list[str]):
-    vae = AutoencoderKL(
-        block_out_channels=WIDTHS, layers_per_block=1, latent_channels=LATENTS, norm_num_groups=8,
-        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        scaling_factor=1.0)
-    unet = UNet2DConditionModel(
-        in_channels=LATENTS, out_channels=LATENTS, block_out_channels=(64, 96, 128), layers_per_block=1,
-        down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-        up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-        attention_head_dim=[2, 3, 4], cross_attention_dim=TEXT, use_linear_projection=True, sample_size=16)
-    tokenizer = CLIPTokenizer().train_new_from_iterator(captions, 1024)
-    tokenizer.model_max_length = 77
-    text = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=TEXT, intermediate_size=4 * TEXT, num_hidden_layers=2,
-        num_attention_heads=3, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id))
-    return vae, unet, text, tokenizer
+def first_vae(base: str | None, data: list[Path] = ()) -> AutoencoderKL:
+    """The VAE before its training; without data its architecture only."""
+    if base:
+        return load_part(AutoencoderKL, base, "vae")
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    vae = AutoencoderKL(block_out_channels=WIDTHS, layers_per_block=1, latent_channels=LATENTS,
+                        norm_num_groups=1, scaling_factor=1.0, **blocks)
+    if data:
+        crops = Pictures(data, 192, 0)
+        pca_encoder(vae, torch.stack([to_tensor(Image.fromarray(crops.crop(n))) for n in range(150)]))
+    return vae
 
 
-def loop(name: str, work: Path, steps: int, modules, optims, loss_at, save_s: float = 120) -> float:
-    """Runs `loss_at(step)` for `steps` optimisation steps, saving and resuming; returns the seconds spent."""
-    path, first, spent = work / f"{name}.safetensors", 0, 0.0
-    if path.exists():
-        state, header = load_tensors(path)
-        for k, m in modules.items():
-            load_trained(m, state["modules"].get(k, {}), path)
-        for k, o in optims.items():
-            moments = {int(i): m for i, m in state["optimizers"][k].items()}
-            o.load_state_dict(o.state_dict() | {"state": moments})
-        first, spent = header["step"], header["seconds"]
-    start = saved = time.time()
-    smooth: dict[str, float] = {}
-    bar = tqdm(range(first, steps), name, initial=first, total=steps, mininterval=10)
-    for step in bar:
-        lr = min(1, (step + 1) / 50) * min(1, (1 - step / steps) / 0.7)
-        for o in optims.values():
-            for group in o.param_groups:
-                group["lr"] = group["base"] * lr
-            o.zero_grad(set_to_none=True)
-        terms = loss_at(step)
-        terms["loss"].backward()
-        for o in optims.values():
-            o.step()
-        for k, v in terms.items():
-            smooth[k] = 0.98 * smooth.get(k, v.item()) + 0.02 * v.item()
-        if not math.isfinite(smooth["loss"]):
-            raise UserError(f"{name}: the loss is not finite at step {step}; {path} holds an earlier state")
-        bar.set_postfix({k: f"{v:.4f}" for k, v in smooth.items()}, refresh=False)
-        if time.time() - saved > save_s or step + 1 == steps:
-            saved = time.time()
-            state = {"modules": {k: trained(m) for k, m in modules.items()},
-                     "optimizers": {k: o.state_dict()["state"] for k, o in optims.items()}}
-            save_tensors(path, state, step=step + 1, seconds=spent + saved - start)
-    return spent + time.time() - start
+def stage1(run: Run, cfg: Stage1, vae: AutoencoderKL, val: list[Tensor]) -> None:
+    first = copy.deepcopy(vae).requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)  # its log-variances, of NOISE, are not trained
+
+    def loss_at(step, batch):
+        x = batch[0].flatten(0, 1).to(memory_format=torch.channels_last)
+        z = vae.encode(x).latent_dist.mean
+        noise = torch.randn(z.shape, generator=torch_rng(run.seed, 3, step)).to(z)
+        x_hat = vae.decode(z + NOISE * noise).sample
+        mse = F.mse_loss(x_hat, x)
+        moved = F.mse_loss(z, first.to(z.device).encode(x).latent_dist.mean)
+        return {"loss": mse + 0.1 * F.l1_loss(x_hat, x) + cfg.hold * moved, "mse": mse, "moved": moved}
+
+    train_stage(run, 1, cfg, Pictures(run.data, cfg.crop, run.seed), vae, [vae.decoder, vae.post_quant_conv],
+                [vae.encoder], loss_at, lambda vae: validate_vae(vae, val))
 
 
-def train_vae(vae, photos, work, steps, large_steps, batch, device) -> float:
-    def phase(name, optims, steps, batch, sides, joint_from, stream):
-        def loss_at(step):
-            r = rng(stream, step)
-            chosen = [photos[i] for i in r.integers(len(photos), size=batch)]
-            size = [min(8 * r.integers(sides[0] // 8, sides[1] // 8 + 1),
-                        *(p.shape[k] // 8 * 8 for p in chosen)) for k in (0, 1)]
-            x = torch.stack([crop(p, size, r) for p in chosen])
-            x = x.to(device, memory_format=torch.channels_last)
-            with torch.set_grad_enabled(step >= joint_from):
-                posterior = vae.encode(x).latent_dist
-                noise = torch.randn(posterior.mean.shape, generator=torch_rng(stream + 1, step))
-                z = posterior.mean + posterior.std * noise.to(device)
-            x_hat = vae.decode(z).sample
-            mse, kl = F.mse_loss(x_hat, x), posterior.kl().mean() / x[0].numel()
-            return {"loss": mse + 0.1 * F.l1_loss(x_hat, x) + 1e-5 * kl, "mse": mse, "kl": kl}
+# -------------------------------------------------------------------------------------- UNet and text
 
-        return loop(name, work, steps, {"vae": vae}, optims, loss_at)
+LIGHT = {0.2: "black", 0.35: "dark", 0.5: "dim", 0.65: "light", 0.8: "bright", 2: "white"}  # mean below which
+HUES = {0: "red", 0.075: "brown", 0.15: "yellow", 0.32: "green", 0.5: "cyan", 0.61: "blue", 0.78: "purple",
+        0.9: "pink", 1: "red"}
 
-    decoder, encoder = [vae.decoder, vae.post_quant_conv], [vae.encoder, vae.quant_conv]
-    optims = optimizers({1.0: decoder, 0.1: encoder}, 0.02, 2e-3)
-    small = phase("vae", optims, steps, batch, (64, 64), int(0.6 * steps), 1)
-    optims = optimizers({1.0: decoder}, 0.01, 1e-3)
-    return small + phase("vae_large", optims, large_steps, max(1, batch // 4), (64, 288), large_steps, 11)
+
+def describe(colours: Tensor, name: str = "") -> str:
+    """A caption that says light and colour of a picture's upper and lower half and middle, and its contrast.
+    colours (3, h, w) in [-1, 1], a pixel for each latent."""
+    def words(part):
+        red, green, blue = (part.mean((1, 2)) / 2 + 0.5).tolist()
+        light, strength = (red + green + blue) / 3, max(red, green, blue) - min(red, green, blue)
+        hue = colorsys.rgb_to_hsv(red, green, blue)[0]
+        colour = HUES[min(HUES, key=lambda known: abs(known - hue))] if strength > 0.05 else "grey"
+        return f"{next(LIGHT[top] for top in LIGHT if light < top)} {'strong ' * (strength > 0.2)}{colour}"
+
+    above, below = colours.chunk(2, 1)
+    middle, spread = torch.cat(colours.chunk(4, 2)[1:3], 2), colours.mean(0).std()
+    tone = "flat" if spread < 0.25 else "mixed" if spread < 0.45 else "stark"
+    return f"{name or 'a photo'}, {words(above)} above, {words(below)} below, {words(middle)} middle, {tone}"
 
 
 @torch.no_grad()
-def cache_latents(vae, photos, device) -> list[list[Tensor]]:
-    """Per photograph: latents at full and at half size, every second one mirrored."""
-    def encode(x):
-        x = x[None, :, :x.shape[1] // 8 * 8, :x.shape[2] // 8 * 8].to(device)
-        return vae.encode(x).latent_dist.mean[0]
-
-    out = []
-    for i, p in enumerate(tqdm(photos, "latents", mininterval=10)):
-        x = torch.from_numpy(p[:, ::-1].copy() if i % 2 else p.copy()).permute(2, 0, 1) / 127.5 - 1
-        half = F.interpolate(x[None], scale_factor=0.5, mode="bilinear", antialias=True)[0]
-        out.append([encode(x), encode(half)])
-    return out
+def see(vae, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents and mean colours, both (C, h, w), of a picture (3, H, W)."""
+    x = x[None, :, :x.shape[1] // 8 * 8, :x.shape[2] // 8 * 8]
+    return vae.encode(x.to(vae.device)).latent_dist.mean[0].cpu(), F.avg_pool2d(x, 8)[0].cpu()
 
 
-class ImageTower(torch.nn.Module):
+def token_ids(tokenizer, texts: list[str]) -> Tensor:
+    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+class Windows(torch.utils.data.Dataset):
+    """Sample n -> windows of latents (B, C, side, side) and their captions' ids (B, 77), a fifth of them
+    empty, a fifth a name alone. `views`: of each photograph in full and half size what `see` gives."""
+
+    def __init__(self, views: list, names: list[str], tokenizer, size: int, seed: int):
+        self.views, self.names, self.tokenizer, self.size, self.seed = views, names, tokenizer, size, seed
+
+    def __getitem__(self, n: int) -> tuple[Tensor, Tensor]:
+        r = rng(self.seed, 1, n)
+        side, half = int(r.choice([8, 12, 16, 16, 20, 24, 32])), int(r.random() < 0.4)
+        which = r.integers(len(self.views), size=max(4, round((self.size / side) ** 2)))
+        side = min(side, *(n // 4 * 4 for i in which for n in self.views[i][half][0].shape[1:]))
+        z, captions, kinds = [], [], r.random(len(which))
+        kinds[:2] = 1  # never all empty: CLIP needs a pair
+        for i, kind in zip(which, kinds):
+            y, x = (r.integers(n - side + 1) for n in self.views[i][half][0].shape[1:])
+            latents, colours = (v[:, y:y + side, x:x + side] for v in self.views[i][half])
+            z.append(latents)
+            name = self.names[i]
+            captions.append("" if kind < 0.2 else name if name and kind < 0.4 else describe(colours, name))
+        return torch.stack(z), token_ids(self.tokenizer, captions)
+
+
+class ImageTower(nn.Module):
     """The other half of a small CLIP (Radford et al. 2021): latents (B, C, h, w) and the text encoder's last
-    token to a common space, in which picture and caption shall find each other within the batch."""
+    token to a common space, where picture and caption shall find each other within the batch. Denoising
+    alone teaches so small a text encoder to forget its words."""
 
     def __init__(self):
         super().__init__()
-        widths, layers = (LATENTS, 64, 128, 128), []
-        for a, b in zip(widths, widths[1:]):
-            layers += [torch.nn.Conv2d(a, b, 3, 2, 1), torch.nn.SiLU()]
-        self.image = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
-                                         torch.nn.Linear(widths[-1], TEXT))
-        self.text, self.log_scale = torch.nn.Linear(TEXT, TEXT), torch.nn.Parameter(torch.tensor(2.0))
+        layers = [layer for width in ((LATENTS, 64), (64, 128), (128, 128))
+                  for layer in (nn.Conv2d(*width, 3, 2, 1), nn.SiLU())]
+        self.image = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * 128, TEXT))
+        self.text, self.log_scale = nn.Linear(TEXT, TEXT), nn.Parameter(torch.tensor(2.0))
 
     def loss(self, z: Tensor, e_text: Tensor) -> Tensor:
         a, b = F.normalize(self.image(z), dim=1), F.normalize(self.text(e_text[:, -1]), dim=1)
@@ -261,188 +309,194 @@ class ImageTower(torch.nn.Module):
         return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
 
 
-def train_unet(unet, text, tokenizer, scheduler, latents, captions, work, steps, batch, device,
-               text_only: bool = False) -> float:
-    ids = tokenizer(captions + [""], padding="max_length", truncation=True, max_length=77,
-                    return_tensors="pt").input_ids
-    alpha_bar = scheduler.alphas_cumprod.to(device)
-    # Denoising alone teaches so small a text encoder to forget its words (captions' outputs differed by 3e-6
-    # of their power after training with Muon, by 5e-3 with AdamW); Stable Diffusion's comes from CLIP, which
-    # tells captions apart.
-    clip = ImageTower().to(device)
-    unet.requires_grad_(not text_only)
-    optims = optimizers({} if text_only else {1.0: [unet]}, 0.01, 1e-3, [text, clip])
-    spoken = np.array([i for i, c in enumerate(captions) if c])
+class Denoiser(nn.Module):
+    """UNet and text encoder, and the tower that helps to train the latter."""
 
-    def windows(which, half, r):
-        views = [latents[i][half] for i in which]
-        size = min(24, *(n for v in views for n in v.shape[1:])) // 4 * 4
-        corners = [[r.integers(n - size + 1) for n in v.shape[1:]] for v in views]
-        return torch.stack([v[:, y:y + size, x:x + size] for v, (y, x) in zip(views, corners)])
+    def __init__(self, base: str | None, vocabulary: CLIPTokenizer):
+        super().__init__()
+        torch.manual_seed(1)
+        ids = {f"{k}_token_id": getattr(vocabulary, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+        self.text = load_part(CLIPTextModel, base, "text_encoder") if base else CLIPTextModel(CLIPTextConfig(
+            vocab_size=len(vocabulary), hidden_size=TEXT, intermediate_size=4 * TEXT, num_hidden_layers=2,
+            num_attention_heads=3, **ids))
+        self.unet = load_part(UNet2DConditionModel, base, "unet") if base else UNet2DConditionModel(
+            sample_size=16, in_channels=LATENTS, out_channels=LATENTS, block_out_channels=(64, 96, 128),
+            down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+            up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"], layers_per_block=1,
+            norm_num_groups=4, attention_head_dim=[2, 3, 4], cross_attention_dim=TEXT,
+            use_linear_projection=True)
+        self.tower = ImageTower()
 
-    def loss_at(step):
-        r, g = rng(3, step), torch_rng(4, step)
-        which, half = r.integers(len(latents), size=batch), r.integers(2)
-        z = windows(which, half, r)
-        which[r.random(batch) < 0.1] = -1  # the empty caption, for guidance
-        t = torch.randint(len(alpha_bar), (batch,), generator=g).to(device)
-        eps = torch.randn(z.shape, generator=g).to(device)
-        a = alpha_bar[t].view(-1, 1, 1, 1)
-        e_text = text(ids[which].to(device)).last_hidden_state
-        eps_hat = unet(a.sqrt() * z + (1 - a).sqrt() * eps, t, e_text).sample
-        terms = {"denoise": F.mse_loss(eps_hat, eps)}
-        pairs = r.permutation(spoken)[:32]
-        terms["clip"] = clip.loss(windows(pairs, half, r), text(ids[pairs].to(device)).last_hidden_state)
-        return {"loss": terms["denoise"] + 0.1 * terms["clip"], **terms}
 
-    modules = {"text": text, "clip": clip} if text_only else {"unet": unet, "text": text, "clip": clip}
-    return loop("text" if text_only else "unet", work, steps, modules, optims, loss_at)
+def vocabulary_of(run: Run, captions: list[str]) -> CLIPTokenizer:
+    """Kept in the run's folder, since its training is not quite deterministic; or that of --base."""
+    kept = run.folder / "tokenizer"
+    if run.args.base:
+        load_part(CLIPTokenizer, run.args.base, "tokenizer").save_pretrained(kept)
+    elif not kept.exists():
+        tokenizer, new = CLIPTokenizer().train_new_from_iterator(captions, 1024), run.folder / ".tokenizer"
+        tokenizer.model_max_length = 77
+        tokenizer.save_pretrained(new)
+        os.replace(new, kept)
+    return CLIPTokenizer.from_pretrained(kept)
+
+
+def stage2(run: Run, cfg: Stage2, vae: AutoencoderKL, photos: list[np.ndarray], names: list[str],
+           val: list[Tensor]) -> None:
+    def views_of(photo):  # in full and half size
+        x = to_tensor(Image.fromarray(photo))[None]
+        half = F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True)
+        return [see(vae, v[0]) for v in (x, half)]
+
+    views = [views_of(photo) for photo in tqdm(photos, "latents", mininterval=10)]
+    val_views = [see(vae, central(x)) for x in val]
+    tokenizer = vocabulary_of(run, [describe(full[1], name) for name, (full, _) in zip(names, views)])
+    model, alpha_bar = Denoiser(run.args.base, tokenizer), SCHEDULER.alphas_cumprod
+
+    def loss_at(step, batch):
+        (z, ids), g = (v.flatten(0, 1) for v in batch), torch_rng(run.seed, 4, step)
+        t = torch.randint(len(alpha_bar), (len(z),), generator=g)
+        eps, a = torch.randn(z.shape, generator=g).to(z), alpha_bar[t].view(-1, 1, 1, 1).to(z)
+        e_text = model.text(ids).last_hidden_state
+        spoken = ids[:, 1] != ids[:, -1]  # not only padding
+        clip = model.tower.loss(z[spoken], e_text[spoken])
+        if step < cfg.clip_alone:
+            return {"loss": clip}
+        eps_hat = model.unet(a.sqrt() * z + (1 - a).sqrt() * eps, t.to(z.device), e_text).sample
+        # unweighted, late steps are drowned, and there captions help
+        denoise = ((eps_hat - eps).square() * a ** -0.5).mean()
+        return {"loss": denoise + 0.1 * clip, "denoise": denoise, "clip": clip}
+
+    train_stage(run, 2, cfg, Windows(views, names, tokenizer, cfg.crop, run.seed), model, [model.unet],
+                [model.text, model.tower], loss_at,
+                lambda model: validate_unet(tokenizer, model.text, model.unet, val_views))
+
+
+# --------------------------------------------------------------------------------- figures, assembly
 
 
 @torch.no_grad()
-def validate(vae, unet, text, tokenizer, scheduler, files, device) -> dict[str, float]:
-    """PSNR of the VAE, and how far one UNet call from t = 250 brings z_t back to z (the noisy latent
-    z_t / sqrt(alpha_bar) has noise-to-signal (1 - alpha_bar) / alpha_bar), on central 256 px crops."""
-    ids = tokenizer([""], padding="max_length", max_length=77, return_tensors="pt").input_ids.to(device)
-    c, t, psnr, before, after = text(ids).last_hidden_state, 250, [], [], []
-    a = scheduler.alphas_cumprod[t].item()
-    for i, f in enumerate(files):
-        x = to_tensor(read_image(f)[0])
-        y0, x0 = (x.shape[1] - 256) // 2, (x.shape[2] - 256) // 2
-        x = x[None, :, y0:y0 + 256, x0:x0 + 256].to(device)
-        z = vae.encode(x).latent_dist.mean
-        psnr.append(10 * math.log10(4 / F.mse_loss(vae.decode(z).sample.clamp(-1, 1), x).item()))
-        z = z * vae.config.scaling_factor
-        noise = torch.randn(z.shape, generator=torch_rng(5, i)).to(device)
-        z_t = a ** 0.5 * z + (1 - a) ** 0.5 * noise
-        z_hat = (z_t - (1 - a) ** 0.5 * unet(z_t, t, c).sample) / a ** 0.5
-        before.append(F.mse_loss(z_t / a ** 0.5, z).item()), after.append(F.mse_loss(z_hat, z).item())
-    return {"vae_psnr_db": np.mean(psnr), "latent_mse_noisy_t250": np.mean(before),
-            "latent_mse_one_step_t250": np.mean(after)}
+def validate_vae(vae, val: list[Tensor]) -> dict[str, float]:
+    """PSNR of whole pictures, cut to multiples of 8 px."""
+    psnr = []
+    for x in val:
+        x = x[None, :, :x.shape[1] // 8 * 8, :x.shape[2] // 8 * 8].to(vae.device)
+        x_hat = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+        psnr.append(10 * math.log10(4 / F.mse_loss(x_hat, x)))
+    return {"vae_psnr_db": float(np.mean(psnr))}
+
+
+@torch.no_grad()
+def validate_unet(tokenizer, text, unet, val_views) -> dict[str, float]:
+    """The error of z_t / sqrt(alpha_bar) at t = 49 and 250, and what one call without a caption leaves of it;
+    the denoising loss over all t, and t >= 500, with each picture's own caption and with the next one's."""
+    alpha_bar, out = SCHEDULER.alphas_cumprod, {}
+    captions = [describe(colours) for _, colours in val_views]
+    e_text = text(token_ids(tokenizer, [*captions, ""]).to(unet.device)).last_hidden_state
+
+    def losses(t, *rows):
+        """The mean over pictures i of z_t's loss with e_text[row[i]], for each row."""
+        a, out = alpha_bar[t].item(), []
+        for i, (z, _) in enumerate(val_views):
+            eps = torch.randn(z.shape, generator=torch_rng(5, i))
+            z_t = (a ** 0.5 * z + (1 - a) ** 0.5 * eps).to(unet.device).expand(len(rows), -1, -1, -1)
+            eps_hat = unet(z_t, t, e_text[[row[i] for row in rows]]).sample.cpu()
+            out.append((eps_hat - eps).square().mean((1, 2, 3)))
+        return torch.stack(out).mean(0).tolist()
+
+    own = list(range(len(val_views)))
+    for t in (49, 250):
+        out[f"noisy_t{t}"] = ((1 - alpha_bar[t]) / alpha_bar[t]).item()
+        out[f"one_step_t{t}"] = out[f"noisy_t{t}"] * losses(t, [-1] * len(own))[0]
+    pairs = np.array([losses(t, own, own[1:] + own[:1]) for t in range(50, 1000, 100)])
+    for late, part in (("", pairs), ("_late", pairs[5:])):
+        mine, others = part.mean(0).tolist()
+        out |= {f"own{late}": mine, f"other{late}": others, f"gain{late}": 100 * (others / mine - 1)}
+    return out
 
 
 README = """# tiny-sd: a Stable Diffusion in miniature
 
 For trying, testing and teaching this repository's four scripts without a GPU or a download. It has the
-folder layout and the classes of SD 2.1-base ({params}) and paints nothing worth looking at
-by itself; its VAE is what matters.
-
-Made by `data/make_tiny_sd.py` (the recipe is one command and resumes), with
-
-    {command}
+folder layout and the classes of SD 2.1-base and paints nothing worth looking at by itself; its VAE is what
+matters. {params}; {latents} latent channels. Made by `data/make_tiny_sd.py`.
 
 | | |
 | --- | --- |
-| data | {images} photographs, {captioned} with a caption: see below |
-| VAE | {vae_steps} steps of {vae_batch} crops of 64x64, {vae_large_steps} of single crops of 64 to 288 px \
-a side (decoder only), {vae_minutes:.0f} minutes |
-| UNet and text encoder | {unet_steps} steps of {unet_batch} latent crops of 12x12 (half-size photographs) \
-or 24x24, {unet_minutes:.0f} minutes |
-| machine | {machine} |
-| VAE PSNR on {val} unseen photographs (central 256x256) | **{vae_psnr_db:.2f} dB** |
-| latent MSE at t = 250: noisy z_t / sqrt(alpha_bar) | {latent_mse_noisy_t250:.3f} |
-| the same after one UNet call | **{latent_mse_one_step_t250:.3f}** |
+| trained | {trained} |
+| VAE, PSNR on {val} unseen photographs (whole) | **{vae_psnr_db:.2f} dB** |
+| central 256 px, latent MSE before, after one UNet call, t = 49 | {noisy_t49:.3f}, **{one_step_t49:.4f}** |
+| the same, t = 250 | {noisy_t250:.3f}, **{one_step_t250:.4f}** |
+| denoising loss with the own caption and another's, all t | **{own:.4f}**, {other:.4f} ({gain:+.2f} %) |
+| the same, t >= 500 | **{own_late:.4f}**, {other_late:.4f} ({gain_late:+.2f} %) |
+
+Captions are of this kind, light and colour read off the picture by the recipe:
+"{example}".
 
 {sources}
 """
 
 
-def read_data(args) -> tuple[list[np.ndarray], list[str]]:
-    """Photographs and their captions, an empty one where there is none."""
-    files = list_images(args.data)
-    known = {}
-    for folder in map(Path, args.data):
-        if (folder / "captions.jsonl").exists():
-            lines = (folder / "captions.jsonl").read_text("utf-8-sig").split("\n")
-            rows = [json.loads(line) for line in lines if line.strip()]
-            known |= {folder / row["file"]: row["caption"] for row in rows}
-    captions = [known.get(f, "") for f in files]
+def assemble(args) -> None:
+    """What two runs keep, in half precision, into --to; the figures are those of what is saved. An old folder
+    is replaced when the new one is complete."""
+    tokenizer = CLIPTokenizer.from_pretrained(args.unet / "tokenizer")
+    vae, model, trained = first_vae(args.base), Denoiser(args.base, tokenizer), []
+    for stage, (folder, part) in enumerate(((args.vae, vae), (args.unet, model)), 1):
+        tensors, header = read_model(folder, "make_tiny_sd", stage)
+        load_trained(part.requires_grad_(True), tensors, folder)
+        trained.append(f"{type(part).__name__}: {header[f'stage{stage}.steps']} steps")
+    parts = {"VAE": vae, "UNet": model.unet, "text encoder": model.text}
+    for m in parts.values():
+        m.half().float().eval()
+    val = [to_tensor(read_image(f)[0]) for f in list_images(args.val)]
+    val_views = [see(vae, central(x)) for x in val]
+    figures = validate_vae(vae, val) | validate_unet(tokenizer, model.text, model.unet, val_views)
+    new = args.to.with_name(f".{args.to.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    halves = vae.half(), model.text.half(), tokenizer, model.unet.half(), SCHEDULER, None, None
+    StableDiffusionPipeline(*halves, requires_safety_checker=False).save_pretrained(new)
+    millions = {k: sum(p.numel() for p in m.parameters()) / 1e6 for k, m in parts.items()}
+    (new / "README.md").write_text(README.format(
+        params=", ".join(f"{k} {n:.2f} M" for k, n in millions.items()), latents=LATENTS, val=len(val),
+        trained="; ".join(trained), example=describe(val_views[0][1]), **figures,
+        sources=args.sources.read_text() if args.sources else "The photographs' sources: not recorded."))
+    shutil.rmtree(args.to, ignore_errors=True)
+    os.replace(new, args.to)
+    print(json.dumps({k: round(v, 4) for k, v in figures.items()}))
+
+
+def central(x: Tensor, side: int = 256) -> Tensor:
+    y0, x0 = (x.shape[1] - side) // 2, (x.shape[2] - side) // 2
+    return x[:, y0:y0 + side, x0:x0 + side]
+
+
+def train(args) -> None:
+    cfg1, cfg2 = Stage1.of(args), Stage2.of(args)
+    run = Run(args, "make_tiny_sd", "", cfg1, cfg2)
+    known, files = read_captions(run.data), list_images(run.data)
     photos = [np.asarray(read_image(f)[0]) for f in tqdm(files, "photographs", mininterval=10)]
-    keep = [i for i, p in enumerate(photos)
-            if min(p.shape[:2]) >= 192 and (captions[i] or not args.text_only)]
-    return [photos[i] for i in keep], [captions[i] for i in keep]
-
-
-def make(args) -> None:
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    photos, captions = read_data(args)
-    captioned = sum(map(bool, captions))
-    note(f"{len(photos)} photographs of at least 192 px, {captioned} with a caption; on {device}")
-    torch.manual_seed(0)
-    vae, unet, text, tokenizer = new_models(captions)
-    work, out = Path(args.work), Path(args.out)
-    if args.text_only:
-        vae, unet = (load_part(type(m), out, name) for m, name in ((vae, "vae"), (unet, "unet")))
-        tokenizer = load_part(CLIPTokenizer, out, "tokenizer")
-        text = CLIPTextModel(CLIPTextConfig.from_pretrained(out, subfolder="text_encoder"))  # random weights
-    else:
-        pca_encoder(vae, photos[::7][:200])
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                              clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    vae.to(device, memory_format=torch.channels_last), unet.to(device), text.to(device)
-
-    vae_s = 0 if args.text_only else train_vae(vae, photos, work, args.vae_steps, args.vae_large_steps,
-                                               args.vae_batch, device)
-    latents = cache_latents(vae.eval(), photos, device)
-    if not args.text_only:
-        scale = 1 / torch.cat([z[0].flatten() for z in latents]).std().item()
-        vae.register_to_config(scaling_factor=round(scale, 5))
-    latents = [[v * vae.config.scaling_factor for v in views] for views in latents]
-    unet_s = train_unet(unet, text, tokenizer, scheduler, latents, captions, work, args.unet_steps,
-                        args.unet_batch, device, args.text_only)
-
-    if args.text_only:
-        return text.half().save_pretrained(out / "text_encoder")
-    StableDiffusionPipeline(vae.half(), text.half(), tokenizer, unet.half(), scheduler, None, None,
-                            requires_safety_checker=False).save_pretrained(out)
-    val = list_images(args.val)
-    vae, unet, text = vae.float(), unet.float().eval(), text.float().eval()
-    figures = validate(vae, unet, text, tokenizer, scheduler, val, device)
-    parts = {"VAE": vae, "UNet": unet, "text encoder": text}
-    describe(args, parts, device, images=len(photos), captioned=captioned, val=len(val),
-             vae_minutes=vae_s / 60, unet_minutes=unet_s / 60, **figures)
-    print(json.dumps({k: round(float(v), 4) for k, v in figures.items()}))
-
-
-def describe(args, parts: dict[str, torch.nn.Module], device: str, **figures) -> None:
-    """Writes the README of `--out`."""
-    sources = "Sources of the photographs: not recorded (`--sources`)."
-    if args.sources:
-        sources = Path(args.sources).read_text()
-    machine = f"{torch.get_num_threads()} cores, {platform.machine()}, no GPU"
-    if device == "cuda":
-        machine = torch.cuda.get_device_name()
-    settings = {k: getattr(args, k)
-                for k in ("vae_steps", "vae_large_steps", "vae_batch", "unet_steps", "unet_batch")}
-    flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in settings.items())
-    sizes = {k: sum(p.numel() for p in m.parameters()) for k, m in parts.items()}
-    text = README.format(
-        params=", ".join(f"{k} {n / 1e6:.2f} M" for k, n in sizes.items()),
-        command=f"python -m data.make_tiny_sd --data PHOTOS --val OTHERS {flags}",
-        machine=machine, sources=sources, **settings, **figures)
-    atomic(Path(args.out) / "README.md", lambda tmp: tmp.write_text(text))
+    names = [known.get(f, {"caption": ""})["caption"] for f in files]
+    val = [to_tensor(read_image(f)[0]) for f in list_images(args.val)]
+    vae = first_vae(args.base, run.data)
+    if args.stage in ("2", "all"):
+        stage2(run, cfg2, copy.deepcopy(vae), photos, names, val)
+    if args.stage in ("1", "all"):
+        stage1(run, cfg1, vae, val)
 
 
 def main(argv=None):
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("--data", nargs="+", required=True, help="folders of photographs")
-    cli.add_argument("--val", nargs="+", required=True,
-                     help="photographs to measure on, none of them in --data")
-    cli.add_argument("--out", default=ROOT / "data" / "tiny-sd")
-    cli.add_argument("--work", default=ROOT / "runs" / "tiny-sd", help="training state, for resuming")
-    cli.add_argument("--sources",
-                     help="a text file on the photographs' sources and terms, copied into the README")
-    cli.add_argument("--vae-steps", type=int, default=20000)
-    cli.add_argument("--vae-large-steps", type=int, default=5000)
-    cli.add_argument("--vae-batch", type=int, default=8)
-    cli.add_argument("--unet-steps", type=int, default=20000)
-    cli.add_argument("--unet-batch", type=int, default=16)
-    cli.add_argument("--threads", type=int, help="CPU threads")
-    cli.add_argument("--text-only", action="store_true", help="train the text encoder of --out anew, for "
-                     "--unet-steps steps, with its UNet frozen")
-    make(cli.parse_args(argv))
+    cli = CommandLine("make_tiny_sd.py", description="a Stable Diffusion in miniature, like data/tiny-sd")
+    cli.tools = {}
+    cli.train(train, Stage1, Stage2)
+    p = cli.command("assemble", "both stages' results into a diffusers folder", assemble)
+    p.add_argument("vae", type=Path, help="the folder of stage 1's run")
+    p.add_argument("unet", type=Path, help="the folder of stage 2's run")
+    p.add_argument("--val", nargs="+", required=True, help="photographs to measure on, from 256 px")
+    p.add_argument("--base", help="the earlier tiny-sd that they began with, if any")
+    p.add_argument("--to", type=Path, default=TINY_SD)
+    p.add_argument("--sources", type=Path, help="a text for the README on the photographs")
+    cli.run(argv)
 
 
 if __name__ == "__main__":

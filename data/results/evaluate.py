@@ -23,8 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
-from common import (PHOTOS, SD, UserError, atomic, device, jpeg, list_images, note, pad_to, read_image, rng,
-                    to_image, to_tensor, write_json)
+from common import (PHOTOS, ROOT, SD, SHIPPED, UserError, atomic, device, jpeg, list_images, note, pad_to,
+                    read_image, rng, to_image, to_tensor, write_json)
 
 # -------------------------------------------------------------------------------------- metrics
 
@@ -411,7 +411,7 @@ def evaluate_codec(script, args) -> None:
         comparison_picture(strips, ["original", *labels, "VAE alone: the base's ceiling"], picture_of(args))
     try:
         from data.results.figures import draw_curve
-        print(f"rate-distortion curve: {draw_curve(results, args.weights / 'samples' / 'rd.png')}")
+        print(f"rate-distortion curve: {draw_curve(results, results_of(args) / 'samples' / 'rd.png')}")
     except UserError as error:
         note(f"no rate-distortion curve: {error}")
     bd_rates = print_bd_rate(results, args.anchor, names) if args.anchor else {}
@@ -563,12 +563,18 @@ def print_routing(picks: list[tuple[str, str, list[Tensor]]]) -> list[dict[str, 
 # ---------------------------------------------------------------------------------- command line
 
 
+def results_of(args) -> Path:
+    """The run's folder; of the weights that ship, one of their own beside the runs."""
+    shipped = args.weights.parent == SHIPPED
+    return ROOT / "runs" / f"{args.weights.name}-shipped" if shipped else args.weights
+
+
 def picture_of(args) -> Path:
-    return args.weights / "samples" / "eval.png"
+    return results_of(args) / "samples" / "eval.png"
 
 
 def finish(args, files: list[Path], **results) -> None:
-    path = args.weights / "metrics.json"
+    path = results_of(args) / "metrics.json"
     write_json(path, {"images": [f.name for f in files], **results})
     print(f"\nmetrics: {path}   picture: {picture_of(args)}\npeak memory: {peak_memory()}")
 
