@@ -103,6 +103,7 @@ class Stage2(Stage):
     jitter: float        = both(0.2,          0.0,       "ours: of contrast, brightness; nine photos are few")
     T_D: int             = both(0,            0,         "ours: D's timestep, for clean latents", most=999)
     lr: float            = both(5e-4,         5e-5,      "Sec. 4.1")
+    lr_D: float          = both(2e-4,         5e-5,      "Sec. 4.1: one for both")
     weight_decay: float  = both(1e-5,         1e-5,      "Sec. 4.1")
     clip: float          = both(1.0,          1.0,       "ours: gradient norm")
     checkpointing: bool  = both(False,        False,     "ours: less memory, more time")
@@ -262,8 +263,7 @@ class HyperEncoder(nn.Module):
 
 
 class HyperEncoders(nn.ModuleList):
-    """One a rate, on latents of C channels; called with z_0, all their losses (8,): L_sim, L_VQ, and the mean
-    squared error of z_tilde."""
+    """One a rate, on latents of C channels; called with z_0, losses (8,): L_sim, L_VQ, squared error."""
 
     def __init__(self, cfg: Stage1, C: int):
         super().__init__(HyperEncoder(C, cfg.N, cfg.M, cfg.D, s, v) for s, v in RATES.values())
@@ -498,7 +498,8 @@ def stage2(run: Run, cfg: Stage2, cfg1: Stage1) -> None:
     acc = run.start(2, cfg, some_unused=True, unet=sd.unet, vae=sd.vae, hyper_encoders=Qs, discriminator=D)
     acc.print("pseudo timesteps: " + "  ".join(f"{name} bpp: {t}" for name, t in zip(NAMES, G.t)))
     photos, shape = Photos(run.data, cfg, G.multiple, run.seed + 1), sd.latent_shape(cfg.crop)
-    opt_G, opt_D = (torch.optim.AdamW(m.parameters(), cfg.lr, weight_decay=cfg.weight_decay) for m in (G, D))
+    opt_G, opt_D = (torch.optim.AdamW(m.parameters(), lr, weight_decay=cfg.weight_decay)
+                    for m, lr in ((G, cfg.lr), (D, cfg.lr_D)))
     G, D, opt_G, opt_D = acc.prepare(G, D, opt_G, opt_D)
     if not cfg.alignment:
         set_gain(Qs, latents(run, sd, Photos(run.data, cfg1, 1, run.seed), cfg1.measure)[0], acc.reduce)
@@ -519,9 +520,8 @@ def stage2(run: Run, cfg: Stage2, cfg1: Stage1) -> None:
             l_ea = loss_ea(dists, x_hat, x)
             # Eq. 15
             l_per = w["mse"] * l_mse + cfg.lambda_dists * (w["dists"] * l_dists + w["ea"] * l_ea)
-            # DIFFERS: in the release the critic's UNet runs under no_grad, which makes L_G a constant for the
-            # generator; here its parameters are frozen, not its graph. And it sees clean latents, as Eq. 16
-            # is printed; the release adds noise. Its head: two convolutions as there, 52.5 M, no "MLP".
+            # DIFFERS: the release's critic runs under no_grad, a constant for the generator, and on noised
+            # latents; here clean ones, as Eq. 16 is printed. Its head: two convolutions, 52.5 M, no "MLP".
             with frozen(critic):  # until after backward: checkpointing runs the critic's forward again there
                 l_G = loss_G(critic(z_hat, cfg.T_D))
                 # Eq. 14

@@ -3,7 +3,7 @@
     python -m data.convert codiff cave.pth codiff.pkl --out runs/official      # their README links the files
     python -m data.convert oscar oscar.pkl --out runs/official-oscar           # jinpeig/OSCAR on the hub
     python codiff.py restore photo.jpg -o photo.png --weights runs/official
-    python -m data.convert half runs/codiff --out data/weights/codiff          # a run in half precision, to ship
+    python -m data.convert half runs/codiff --out data/weights/codiff          # a run in half precision
 
 Needs the base they were trained on, SD 2.1-base or SD 2.1. Nothing in a file is executed."""
 

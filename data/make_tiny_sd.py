@@ -147,10 +147,9 @@ def train_stage(run: Run, number: int, cfg: Stage1 | Stage2, data, model: nn.Mod
 
 @torch.no_grad()
 def pca_encoder(vae: AutoencoderKL, x: Tensor) -> None:
-    """Makes of the encoder the linear map to the `LATENTS` strongest principal components of x's 8x8
-    patches: its three strided convolutions gather 2x2 cells each and keep as many components as they have channels.
-    Residual branches are zero, but for random features in channels that the components leave free: whoever
-    divides an encoder's features by their deviation should find few that are constant.
+    """Makes of the encoder the linear map to the `LATENTS` strongest principal components of x's 8x8 patches:
+    its three strided convolutions gather 2x2 cells each and keep as many components as they have channels.
+    Residual branches start at zero.
 
     Half-whitened: a component of variance v is scaled by v^(-1/4), and all to a mean square of 1. Squared
     errors and angles between latents then weigh brightness more than the faintest texture, yet count both.
@@ -172,7 +171,6 @@ def pca_encoder(vae: AutoencoderKL, x: Tensor) -> None:
         resnet, conv, n = block.resnets[0], clear(block.downsamplers[0].conv), h.shape[1]
         if resnet.conv_shortcut is not None:
             clear(resnet.conv_shortcut, resnet.in_channels)
-        resnet.conv2.weight[n:].normal_(std=resnet.conv2.weight[0].numel() ** -0.5)
         cells = F.pixel_unshuffle(h, 2).permute(0, 2, 3, 1).reshape(-1, 4 * n)
         mean, (power, basis) = cells.mean(0), torch.linalg.eigh(torch.cov(cells.T))
         k = LATENTS if i == 2 else min(conv.out_channels, 4 * n)
@@ -189,7 +187,6 @@ def pca_encoder(vae: AutoencoderKL, x: Tensor) -> None:
         spread.weight[channel, latent] = enc.conv_out.weight[latent, channel, 1, 1] = sign
     spread.bias[2 * LATENTS], spread.bias[2 * LATENTS + 1] = big, -big
     enc.conv_out.bias[LATENTS:] = 2 * math.log(NOISE)  # the log-variance
-
 
 
 class Pictures(Crops):

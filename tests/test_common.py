@@ -1,5 +1,6 @@
 """common.py against independent oracles: diffusers' schedulers, torchmetrics' DISTS, PEFT unfused, closed forms."""
 
+import argparse
 import io
 import json
 
@@ -159,6 +160,12 @@ def test_discriminators_unet_is_the_bases_mid_block():
     with torch.no_grad():
         base(z, 199, c)
         assert torch.allclose(D.unet(z, 199, c).sample, seen["mid"], atol=1e-5)
+
+
+def test_accuracy_counts_logits_on_the_right_side():
+    fake, real = torch.tensor([[-1.0, 2.0]]), torch.tensor([[0.5, 3.0]])
+    assert Discriminator.accuracy(fake, real) == 0.75
+    assert Discriminator.accuracy(torch.full((4,), 0.1), torch.full((4,), 0.1)) == 0.5
 
 
 # ---- images
@@ -336,6 +343,32 @@ def test_noise_depends_on_the_sample_not_on_the_batch():
 
 
 # ---- plumbing
+
+
+def test_two_learning_rates_fall_together(tmp_path):
+    class Acc:
+        sync_gradients = False
+    run, m = common.Run.__new__(common.Run), torch.nn.Linear(1, 1)
+    run.acc, run.cfg = Acc, common.Stage(decay=0.5)
+    run.cfg.steps, seen = 100, []
+    optimizers = [torch.optim.SGD(m.parameters(), lr) for lr in (1.0, 0.1)]
+    for step in range(100):
+        for o in optimizers:
+            run.update(m, o, step)
+        seen.append([o.param_groups[0]["lr"] for o in optimizers])
+    assert torch.tensor(seen)[:, 1].mul(10).allclose(torch.tensor(seen)[:, 0])
+    assert [seen[i][0] for i in (0, 50, 75)] == [1.0, 1.0, 0.5] and seen[-1][0] == pytest.approx(0.02)
+
+
+def test_the_weights_that_ship_serve_where_there_is_no_run(tmp_path, monkeypatch, capsys):
+    def default():
+        p = argparse.ArgumentParser()
+        common.model_flags(p, "codiff")
+        return p.parse_args([]).weights
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    assert default() == common.SHIPPED / "codiff"
+    (tmp_path / "runs" / "codiff" / "model").mkdir(parents=True)
+    assert default() == tmp_path / "runs" / "codiff"
 
 
 def test_nested_tensors_and_a_trained_module_come_back(tmp_path):
