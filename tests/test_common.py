@@ -20,7 +20,7 @@ from common import (SD, TINY_SD, Crops, Discriminator, Tiles, UserError, add_lor
 from data.files import atomic, write_json
 from data.pictures import fixed_norms, starts
 from data.results.complexity import macs
-from data.results.evaluate import psnr_b
+from data.results.evaluate import block_grid, psnr_b
 
 
 def learning(module):
@@ -219,6 +219,15 @@ def test_psnr_b_is_psnr_without_blocks_and_lower_with_them():
     assert psnr_b(flat + 5, flat) == pytest.approx(10 * np.log10(255**2 / 25), abs=1e-4)
     blocks = flat + 5 * (-1) ** (torch.arange(64) // 8).view(1, 1, 1, 64)
     assert psnr_b(blocks, flat) < psnr_b(flat + 5, flat) - 1
+
+
+def test_block_grid_is_one_without_blocks_and_counts_steps_with_them():
+    ramp = np.add.outer(2 * np.arange(64), 2 * np.arange(64)) % 256
+    assert block_grid(Image.fromarray(ramp.astype(np.uint8)).convert("RGB"))[0] == pytest.approx(1, abs=1e-3)
+    steps = np.arange(64) + 4 * (np.arange(64) // 8)  # 1 within blocks, 5 across their borders
+    blocks = np.add.outer(steps, steps).astype(np.uint8)
+    assert block_grid(Image.fromarray(blocks).convert("RGB"))[0] == pytest.approx(5, abs=1e-3)
+    assert block_grid(Image.new("RGB", (9, 9))) == (None, None)
 
 
 # ---- tiles

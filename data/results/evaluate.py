@@ -47,7 +47,8 @@ class Metrics:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             note(f"LPIPS and DISTS show as '-', since their networks' weights are not to be had: {reason}")
         self.extra = {k: pyiqa_metric(k) for k in extra}
-        self.names = ["PSNR", "PSNR-B", "SSIM", f"LPIPS-{net}", "DISTS", *(k.upper() for k in extra)]
+        self.names = ["PSNR", "PSNR-B", "SSIM", "grid Y", "grid C", f"LPIPS-{net}", "DISTS",
+                      *(k.upper() for k in extra)]
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, target: Image.Image) -> dict[str, float | None]:
@@ -60,7 +61,8 @@ class Metrics:
         side = min(x.shape[2:])  # too small a picture has no structure, and no deep features
         ssim = structural_similarity_index_measure(x, y, data_range=255.0) if side > 10 else None
         deep = [net(xn, yn) if net and side >= 32 else None for net in (self.lpips, self.dists)]
-        values = [peak_signal_noise_ratio(x, y, data_range=255.0), psnr_b(xl, yl), ssim, *deep]
+        values = [peak_signal_noise_ratio(x, y, data_range=255.0), psnr_b(xl, yl), ssim, *block_grid(image),
+                  *deep]
         values += [metric((xn + 1) / 2) for metric in self.extra.values()]
         return {k: None if v is None else float(v) for k, v in zip(self.names, values)}
 
@@ -103,6 +105,19 @@ def psnr_b(x: Tensor, y: Tensor) -> Tensor:
     if min(h, w) < 16:
         return torch.tensor(float("nan"))
     return peak_signal_noise_ratio_with_blocked_effect(x[..., :h, :w], y[..., :h, :w], data_range=255.0)
+
+
+def block_grid(image: Image.Image) -> tuple[float | None, float | None]:
+    """What is left of a JPEG's blocks: the mean step across their borders over that elsewhere, in luma at 8x8
+    and as the mean of Cb and Cr at 16x16 (4:2:0). About 1 in a photograph, far more where blocks show."""
+    def ratio(channel, period):
+        if min(channel.shape) <= period + 1:
+            return None
+        steps = [np.abs(np.diff(channel, axis=axis)).mean(1 - axis) for axis in (0, 1)]
+        border = slice(period - 1, None, period)
+        return float(np.mean([s[border].mean() / max(np.delete(s, border).mean(), 1e-3) for s in steps]))
+    y, cb, cr = np.asarray(image.convert("YCbCr"), np.float64).transpose(2, 0, 1)
+    return ratio(y, 8), mean([ratio(cb, 16), ratio(cr, 16)])
 
 
 # --------------------------------------------------------------------------- tables and pictures
@@ -235,13 +250,15 @@ def evaluate_jpeg(script, args) -> None:
     tile, more = common.check_tile(args.tile, model.multiple), {}
     if script.__name__ == "codiff":
         more["color_fix"] = args.color_fix
-        restore = partial(script.restore, model, color_fix=args.color_fix, tile=tile)
+        restore = partial(script.restore, color_fix=args.color_fix, tile=tile)
     else:
-        def restore(image):
+        def restore(model, image):
             return script.restore(model, image, tile)[0]
+    rows = {"restored": partial(restore, model)}
+    rows |= {f"by {run.name}": partial(restore, script.load(run, args.base)) for run in args.against}
     conditions = {f"JPEG QF {qf}": lambda image, _, qf=qf: jpeg(image, qf) for qf in args.qf}
     metrics = Metrics(NO_REFERENCE if args.metrics == "all" else ())
-    more["results"] = compare(files, conditions, {"restored": restore}, model.base, metrics, picture)
+    more["results"] = compare(files, conditions, rows, model.base, metrics, picture)
     if script.__name__ == "sodiff":
         more["alignment"] = report_alignment(model, script.read_captions(args.data))
         more["predictor"] = report_predictions(model, files) if model.predictor else {}
@@ -401,7 +418,7 @@ def evaluate_codec(script, args) -> None:
     results = {name: {k: mean([row[k] for row in rows]) for k in rows[0]}
                for name, rows in sums.items() if rows}
     nominal = {f"OSCAR {script.NAMES[r]}": script.BPP[r] for r in rates}
-    names = [n for n in metrics.names if n != "PSNR-B"]  # blocks of 8x8 are JPEG's
+    names = [n for n in metrics.names if n != "PSNR-B" and "grid" not in n]  # blocks of 8x8 are JPEG's
     print(f"\n{len(sums['VAE alone'])} images (padded and cropped; 8-bit; bits counted from the files)")
     print(text_table(["", "nominal bpp", "true bpp", *names],
                      [[name, nominal.get(name), row["bpp"], *(row[k] for k in names)]
@@ -604,6 +621,7 @@ def main(name: str, argv: list[str]) -> None:
                    help="all adds those without a reference, by pyiqa (extra: metrics)")
     if name in ("codiff", "sodiff"):
         p.add_argument("--qf", type=int, nargs="+", default=[5, 10, 20], help="JPEG quality factors")
+        p.add_argument("--against", nargs="+", type=Path, default=[], metavar="RUN", help="other models, too")
     elif name == "oscar":
         p.add_argument("--bpp", type=script.parse_bpp, nargs="+", default=range(len(script.RATES)),
                        help=f"of {', '.join(script.NAMES)} (default: all)")
