@@ -69,8 +69,8 @@ class Stage2(Stage):
     """The one-step generator, its time predictor and its discriminator, Secs. 3.2 and 3.3."""
     #                           tiny run     paper run
     timestep: str        = both("predicted", "predicted", "Table 3; fixed: tau_0", "timestep", TIMESTEPS)
-    tau_0: int           = both(49,          499,         "ours: fixed tau, or the bell's centre", most=999)
-    spread: float        = both(5.0,         0.0,         "ours: of the bell that logits start as; 0: flat")
+    tau_0: int           = both(99,          499,         "ours: fixed tau, or the bell's centre", most=999)
+    spread: float        = both(40.0,        0.0,         "ours: of the bell that logits start as; 0: flat")
     widths: tuple        = both((32, 64, 128, 256), (64, 128, 256, 512), "ours: the predictor's blocks")
     highpass: float      = both(8.0,         0.0,         "ours: gain of the filters that it starts with")
     rank: int            = both(16,          16,          "Sec. 4.1")
@@ -78,8 +78,7 @@ class Stage2(Stage):
     crop: int            = both(128,         512,         "Sec. 4.1")
     qf_min: int          = both(5,           5,           "Sec. 4.1", most=100)
     qf_max: int          = both(95,          95,          "Sec. 4.1", most=100)
-    qf_power: float      = both(5.0,         1.0,         "ours: QF = min + (max - min) u^power; 1: Sec. 4.1")
-    qf_crops: int        = both(3,           0,           "ours: further crops a sample, for L_qf alone")
+    qf_power: float      = both(3.0,         1.0,         "ours: QF = min + (max - min) u^power; 1: Sec. 4.1")
     losses: tuple        = both(LOSSES,      LOSSES,      "Table 4: the terms that count", "losses", LOSSES)
     dists: str           = both("small",     "vgg16",     "Eq. 7; 'small' needs no download", None, DISTS)
     lambda_EA: float     = both(0.002,       1.0,         "Eq. 7")
@@ -87,19 +86,19 @@ class Stage2(Stage):
     beta: float          = both(1e-3,        1e-3,        "Sec. 4.1, Eq. 12; 0: Table 3's w/o L_qf", "beta")
     lr: float            = both(2e-3,        1e-5,        "Sec. 4.1")
     lr_D: float          = both(5e-4,        1e-5,        "Sec. 4.1: one for both")
+    t_F: int             = both(99,          999,         "Eqs. 8, 9: F noises to t from 0 to this", most=999)
     weight_decay: float  = both(1e-2,        1e-2,        "ours: AdamW's own")
     checkpointing: bool  = both(False,       False,       "ours: less memory, more time")
-    batch: int           = both(2,           2,           "Sec. 4.1")
-    steps: int           = both(420,         150_000,     "Sec. 4.1")
+    batch: int           = both(4,           2,           "Sec. 4.1")
+    steps: int           = both(300,         150_000,     "Sec. 4.1")
 
 
 # --------------------------------------------------------------------------------------------- data
 
 
 class JPEGPairs(Crops):
-    """Sample n -> (n, x_lq, x_hq, qf, ...), a crop and its JPEG. Stage 1: with its caption's ids, mirrored
-    at most, and at the QF at which LLaVA saw the crop, if the caption tells. Stage 2: with x_lq and qf of
-    `qf_crops` further crops of half the size, their QF uniform."""
+    """Sample n -> (n, x_lq, x_hq, qf), a crop and its JPEG. In stage 1 also its caption's ids; mirrored at
+    most, and at the QF at which LLaVA saw the crop, if the caption tells."""
 
     def __init__(self, folders, cfg: Stage1 | Stage2, multiple: int, seed: int):
         cfg.check_crop(multiple)
@@ -108,23 +107,14 @@ class JPEGPairs(Crops):
 
     def __getitem__(self, n: int) -> tuple:
         row = self.captions[self.file(n)] if self.captions else {}
-        qf = row.get("qf") or self.quality(getattr(self.cfg, "qf_power", 1), n)
+        qf = row.get("qf") or self.quality(n)
         hq = Image.fromarray(self.crop(n))
         sample = n, to_tensor(jpeg(hq, qf)), to_tensor(hq), torch.tensor(float(qf))
-        return (*sample, row["ids"]) if self.captions else (*sample, *self.more(n))
+        return (*sample, row["ids"]) if self.captions else sample
 
-    def quality(self, power: float, *key: int) -> int:
-        u = rng(self.seed, 2, *key).random() ** power
+    def quality(self, n: int) -> int:
+        u = rng(self.seed, 2, n).random() ** getattr(self.cfg, "qf_power", 1)
         return self.cfg.qf_min + int((self.cfg.qf_max + 1 - self.cfg.qf_min) * u)
-
-    def more(self, n: int) -> tuple[Tensor, Tensor]:
-        k, side = self.cfg.qf_crops, self.cfg.crop // 2
-        x_more, qf_more = torch.empty(k, 3, side, side), torch.empty(k)
-        for j in range(k):
-            crop = Image.fromarray(self.crop(2**40 + n * k + j)[:side, :side])
-            qf_more[j] = qf = self.quality(1, n, j)
-            x_more[j] = to_tensor(jpeg(crop, qf))
-        return x_more, qf_more
 
 
 def read_captions(folders: list[Path]) -> dict[Path, dict]:
@@ -383,11 +373,9 @@ class SODiff(nn.Module):
         # OURS: tau enters UNet and alpha_bar as a real number, so that the loss can move it
         return self.sd.x0(z_L, eps, alpha_bar_at(self.sd.alpha_bar, tau))
 
-    def forward(self, x_lq: Tensor, noise: Tensor, g: Tensor, x_more: Tensor) -> tuple[Tensor, ...]:
-        """x_lq, sides multiples of `cell` -> (x_hat, z_hat, e_img, QF_pred of x_lq and x_more, tau)."""
+    def forward(self, x_lq: Tensor, noise: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        """x_lq, sides multiples of `cell` -> (x_hat, z_hat, e_img, QF_pred, tau)."""
         e_img, qf_hat, tau = self.condition(x_lq, g)
-        if self.predictor and len(x_more):
-            qf_hat = torch.cat([qf_hat, self.predictor(x_more)[0].float()])
         z_L = self.sd.encode(x_lq, noise)
         z_hat = self.denoise(z_L, e_img, tau)
         return self.sd.decode(z_hat).clamp(-1, 1), z_hat, e_img, qf_hat, tau
@@ -543,17 +531,16 @@ def stage2(run: Run, cfg: Stage2) -> None:
     G, D, opt_G, opt_D = acc.prepare(G, D, opt_G, opt_D)
     G.train(), D.train(), dists.to(acc.device)
     critic, sd, seed = acc.unwrap_model(D), acc.unwrap_model(G).sd, run.seed
-    T, T_max, shape = len(critic.alpha_bar), len(sd.alpha_bar), sd.latent_shape(cfg.crop)
+    T, T_max, shape = cfg.t_F + 1, len(sd.alpha_bar), sd.latent_shape(cfg.crop)
     w = {term: float(term in cfg.losses) for term in LOSSES}  # Table 4; 1 each by default
 
-    for step, batch in run.loop(pairs, {"G": G, "D": D}, {"opt_G": opt_G, "opt_D": opt_D}):
-        n, x_lq, x_hq, qf, x_more, qf_more = batch
+    for step, (n, x_lq, x_hq, qf) in run.loop(pairs, {"G": G, "D": D}, {"opt_G": opt_G, "opt_D": opt_D}):
         with acc.accumulate(G, D):
             noise, g = noise_for(n, shape, seed, 3), gumbel_for(n, T_max, seed, 5)
-            x_hat, z_hat, e_img, qf_hat, tau = G(x_lq, noise, g, x_more.flatten(0, 1))
+            x_hat, z_hat, e_img, qf_hat, tau = G(x_lq, noise, g)
             l_mse = loss_mse(x_hat, x_hq)
             l_ea = loss_ea(dists, x_hat, x_hq)
-            l_qf = 0 * l_mse if qf_hat is None else loss_qf(qf_hat, torch.cat([qf, qf_more.flatten()]))
+            l_qf = 0 * l_mse if qf_hat is None else loss_qf(qf_hat, qf)
             e_img = e_img.detach()
             with frozen(critic):  # until after backward: checkpointing runs the critic's forward again there
                 t, noise = random_timesteps(n, T, seed, 6), noise_for(n, shape, seed, 7)

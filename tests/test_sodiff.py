@@ -211,7 +211,7 @@ def test_generator_is_equation_6(generator):
     x, logits, sd = torch.rand(2, 3, 64, 96) * 2 - 1, generator.predictor.logits, generator.sd
     with torch.no_grad():
         logits.weight.normal_(std=0.5)  # so that the two pictures' timesteps differ
-        x_hat, z_hat, e_img, qf_hat, tau = generator(x, torch.zeros(2, 16, 8, 12), None, x[:0])
+        x_hat, z_hat, e_img, qf_hat, tau = generator(x, torch.zeros(2, 16, 8, 12), None)
         assert tau[0] != tau[1] and e_img.shape == (2, 77, 96) and qf_hat.shape == (2,)
         logits.weight.zero_()
         z = sd.vae.encode(x).latent_dist.mode() * sd.vae.config.scaling_factor
@@ -254,12 +254,12 @@ def test_each_stage2_loss_moves_lora_and_predictor_and_nothing_else(generator):
     D, dists = NoisedDiscriminator(TINY_SD, 4, generator.sd), dists_small()
     x, n = torch.rand(2, 3, 64, 64) * 2 - 1, torch.arange(2)
     z = torch.randn(2, 16, 8, 8)
-    x_hat, z_hat, e_img, qf_hat, tau = generator(x, z, gumbel_for(n, 1000, 0), x[:, :, :32, :32])
+    x_hat, z_hat, e_img, qf_hat, tau = generator(x, z, gumbel_for(n, 1000, 0))
     t = torch.tensor([5, 700])
     with frozen(D):
         losses = {"mse": sodiff.loss_mse(x_hat, x), "ea": sodiff.loss_ea(dists, x_hat, x),
                   "gan_g": sodiff.loss_G(D(z_hat, t, e_img, z)),
-                  "qf": sodiff.loss_qf(qf_hat, torch.tensor([5.0, 90.0, 5.0, 90.0]))}
+                  "qf": sodiff.loss_qf(qf_hat, torch.tensor([5.0, 90.0]))}
     names, parameters = zip(*((k, p) for k, p in generator.named_parameters() if p.requires_grad))
     assert all(k.startswith("predictor.") or k.startswith("sd.unet.") and "lora_" in k for k in names)
     for name, loss in losses.items():
@@ -396,11 +396,6 @@ def test_quality_factors_cover_their_range():
     qfs, lows = (np.array([float(p[n][3]) for n in range(400)]) for p in (pairs, low))
     assert qfs.min() == lows.min() == 5 and qfs.max() >= 94 and abs(qfs.mean() - 50) < 5
     assert abs(np.median(lows) - (5 + 91 / 8)) < 4  # u^3 at u = 1/2
-    x_more, qf_more = low[7][4:]
-    assert x_more.shape == (3, 3, 16, 16) and len(set(qf_more.tolist())) > 1
-    assert torch.equal(x_more, low[7][4])
-    assert 35 < np.mean([low[n][5].mean() for n in range(100)]) < 65  # uniform, whatever the power
-    assert JPEGPairs([PHOTOS / "val"], Stage2(crop=32, qf_crops=0), 32, 0)[0][4].shape == (0, 3, 16, 16)
 
 
 @pytest.fixture(scope="session")
