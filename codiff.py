@@ -348,8 +348,7 @@ def stage2(run: Run, cfg: Stage2) -> None:
                 acc.backward(loss)
             run.update(G, opt_G, step)
 
-            with torch.no_grad(), acc.autocast():
-                z_hq = real.encode(x_hq, noise_for(n, shape, run.seed, 4)).float()
+            z_hq = run.encode(real, x_hq, n, 4)
             fake, true = D(torch.cat([z_hat.detach(), z_hq]), cfg.T_D).chunk(2)
             l_D = loss_D(fake, true)
             acc.backward(l_D)

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.files import (ROOT, SHIPPED, UserError, append, atomic, each_file, in_repo,  # noqa: F401
-                        list_images, load_tensors, load_trained, note, outputs, read_json, read_model,
-                        save_tensors, take, trained, why, write_json)
+                        list_images, load_part, load_tensors, load_trained, note, outputs, read_json,
+                        read_model, save_tensors, take, trained, why, write_json)
 from data.pictures import (PHOTOS, Crops, Tiles, check_tile, jpeg, leave_ctrl_c_to_the_parent,  # noqa: F401
                            noise_for, pad_to, read_image, restore_files, rng, to_image, to_tensor,
                            torch_rng)
@@ -45,21 +45,6 @@ def device() -> torch.device:
 
 
 # ----------------------------------------------------------------------------- Stable Diffusion
-
-
-def load_part(kind, base: str | Path, name: str, weights: bool = True):
-    """One part of a diffusers folder or hub repository; without `weights` its architecture only."""
-    from huggingface_hub import model_info, try_to_load_from_cache
-    base = ROOT / base if (ROOT / base).is_dir() else base  # the bundled one is recorded relative to the repo
-    try:
-        if not Path(base).is_dir() and not try_to_load_from_cache(str(base), "unet/config.json"):
-            model_info(str(base), timeout=8)  # fails at once, where the libraries below try for minutes
-        if not weights:
-            return kind.from_config(kind.load_config(base, subfolder=name))
-        return kind.from_pretrained(base, subfolder=name, torch_dtype=torch.float32)
-    except Exception as error:  # no such folder or repository, no network, no access: all the same to users
-        why = str(error).splitlines()[0]
-        raise UserError(f"{base}: no {name} there ({why}); name a local diffusers folder") from None
 
 
 class SD(nn.Module):
@@ -413,7 +398,7 @@ class Run:
                    AutocastKwargs(enabled=not float32)]
         self.acc = Accelerator(mixed_precision=precision, cpu=device().type == "cpu",
                                gradient_accumulation_steps=cfg.accumulate, kwargs_handlers=options)
-        self.stage, self.cfg, self.terms = f"stage{stage}", cfg, {}
+        self.stage, self.cfg, self.terms, self.known = f"stage{stage}", cfg, {}, {}
         settings = "  ".join(f"{k}={v}" for k, v in asdict(cfg).items())
         where = f"{device().type} x {self.acc.num_processes}, precision {'float32' if float32 else precision}"
         self.acc.print(f"\nstage {stage} on {where}\n  {settings}")
@@ -475,6 +460,18 @@ class Run:
         return iter(torch.utils.data.DataLoader(data, batch_sampler=sampler, num_workers=cfg.workers,
                                                 pin_memory=acc.device.type == "cuda",
                                                 worker_init_fn=leave_ctrl_c_to_the_parent))
+
+    @torch.no_grad()
+    def encode(self, sd: SD, x: Tensor, n: Tensor, key: int) -> Tensor:
+        """Latents of samples n, float32, drawn from their posteriors by noise of (seed, key, n); kept
+        where samples come again after a `period`."""
+        if not all((key, i) in self.known for i in n.tolist()):
+            with self.acc.autocast():
+                z = sd.encode(x, noise_for(n, sd.latent_shape(x.shape[3]), self.seed, key)).float()
+            if not getattr(self.cfg, "period", 0):
+                return z
+            self.known |= zip(((key, i) for i in n.tolist()), z)
+        return torch.stack([self.known[key, i] for i in n.tolist()])
 
     def gradients(self, step: int, module: nn.Module, **terms: Tensor) -> None:
         """At the first step, prints the norm of each term's gradient: one that moves nothing shows as 0."""

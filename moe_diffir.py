@@ -72,6 +72,7 @@ class Stage1(Stage):
     start: str           = both("lq",     "noise",   "Eq. 2; see stage1 and sample", "start", STARTS)
     start_t: int         = both(99,       999,       "ours: t* of 'lq'; where sampling starts", most=999)
     t_max: int           = both(499,      999,       "Eq. 2: 'noise' has t uniform in 0..t_max", most=999)
+    period: int          = both(512,      0,         "ours: as many crops, encoded once; 0: all new")
     lr: float            = both(1e-3,     5e-5,      "Sec. 4.1")
     clip: float          = both(1.0,      1.0,       "ours: gradient norm; 0 clips nothing")
     batch: int           = both(8,        32,        "Sec. 4.1")
@@ -562,7 +563,7 @@ def stage1(run: Run, cfg: Stage1, benchmark: Benchmark) -> MoEDiffIR:
     modules = {"UNet": model.sd.unet, "VAE": model.sd.vae, "MoE-Prompt Module": model.module,
                "SPADE": model.spade, "degradation prior": model.prior, "Visual2Text": model.v2t}
     acc = run.start(1, cfg, some_unused=cfg.v2t == "small", **{name: m for name, m in modules.items() if m})
-    pairs = CIRPairs(benchmark, cfg, model.cell, run.seed)
+    pairs = CIRPairs(benchmark, cfg, model.cell, run.seed, cfg.period)
     optimizer = torch.optim.Adam(model.parameters(), cfg.lr, betas=(0.9, 0.999))
     model, optimizer = acc.prepare(model, optimizer)
     model.train()
@@ -570,9 +571,7 @@ def stage1(run: Run, cfg: Stage1, benchmark: Benchmark) -> MoEDiffIR:
     shape, router_shape = sd.latent_shape(cfg.crop), (len(sd.unet.config.block_out_channels), cfg.experts)
     for step, (n, x_lq, x_hq, task) in run.loop(pairs, {"model": model}, {"adam": optimizer}):
         with acc.accumulate(model):
-            with torch.no_grad(), acc.autocast():
-                z_lq = sd.encode(x_lq, noise_for(n, shape, run.seed, 3)).float()
-                z_0 = sd.encode(x_hq, noise_for(n, shape, run.seed, 4)).float()
+            z_lq, z_0 = run.encode(sd, x_lq, n, 3), run.encode(sd, x_hq, n, 4)
             t = n.new_tensor([rng(run.seed, 5, i).integers(cfg.t_max + 1) for i in n.tolist()])
             eps = noise_for(n, shape, run.seed, 6)
             if cfg.start == "lq":

@@ -437,21 +437,15 @@ def loss_D(logits_fake: Tensor, logits_real: Tensor) -> Tensor:
 def stage1(run: Run, cfg: Stage1) -> None:
     """Representation alignment of all hyper-encoders at once, Sec. 3.3; then the mapping, Sec. 3.4."""
     sd = SD(run.base, with_unet=False)
-    photos, shape = Photos(run.data, cfg, sd.f * max(S), run.seed), sd.latent_shape(cfg.crop)
+    photos = Photos(run.data, cfg, sd.f * max(S), run.seed)
     torch.manual_seed(run.seed)
     Qs = HyperEncoders(cfg, sd.vae.config.latent_channels)
     acc = run.start(1, cfg, **{f"Q, {name} bpp": Q for name, Q in zip(NAMES, Qs)})
     all_rates, optimizer = acc.prepare(Qs, torch.optim.Adam(Qs.parameters(), cfg.lr))
     all_rates.train(), sd.to(acc.device)
-    known: dict[int, Tensor] = {}  # latents of crops that come again
     for step, (n, x) in run.loop(photos, {"Q": all_rates}, {"adam": optimizer}):
         with acc.accumulate(all_rates):
-            if known.keys() >= {*n.tolist()}:
-                z_0 = torch.stack([known[i] for i in n.tolist()])
-            else:
-                with torch.no_grad(), acc.autocast():
-                    z_0 = sd.encode(x, noise_for(n, shape, run.seed, 3)).float()
-                known |= zip(n.tolist(), z_0) if cfg.period else {}
+            z_0 = run.encode(sd, x, n, 3)
             l_sim, l_vq, l_z = all_rates(z_0)  # (8,) each
             # Eq. 8, summed over the rates, which share no weights; and `lambda_z`
             loss = (l_sim + l_vq + cfg.lambda_z * l_z).sum()
@@ -497,7 +491,7 @@ def stage2(run: Run, cfg: Stage2, cfg1: Stage1) -> None:
     sd, Qs, header = G.sd, G.hyper_encoders, {"t": G.t, "fingerprint": G.sd.fingerprint}
     acc = run.start(2, cfg, some_unused=True, unet=sd.unet, vae=sd.vae, hyper_encoders=Qs, discriminator=D)
     acc.print("pseudo timesteps: " + "  ".join(f"{name} bpp: {t}" for name, t in zip(NAMES, G.t)))
-    photos, shape = Photos(run.data, cfg, G.multiple, run.seed + 1), sd.latent_shape(cfg.crop)
+    photos = Photos(run.data, cfg, G.multiple, run.seed + 1)
     opt_G, opt_D = (torch.optim.AdamW(m.parameters(), lr, weight_decay=cfg.weight_decay)
                     for m, lr in ((G, cfg.lr), (D, cfg.lr_D)))
     G, D, opt_G, opt_D = acc.prepare(G, D, opt_G, opt_D)
@@ -510,8 +504,7 @@ def stage2(run: Run, cfg: Stage2, cfg1: Stage1) -> None:
     for step, (n, x) in run.loop(photos, {"G": G, "D": D}, {"opt_G": opt_G, "opt_D": opt_D}):
         r = int(rng(run.seed, 5, step).integers(len(RATES)))
         with acc.accumulate(G, D):
-            with torch.no_grad(), acc.autocast():
-                z_0 = sd.encode(x, noise_for(n, shape, run.seed, 3)).float()
+            z_0 = run.encode(sd, x, n, 3)
             z_tilde, l_vq, z_hat, x_hat = G(z_0, r)
             l_sim = loss_sim(z_0, z_tilde)
             l_repa = cfg.alignment * l_sim + l_vq

@@ -553,8 +553,7 @@ def stage2(run: Run, cfg: Stage2) -> None:
                 acc.backward(loss)
             run.update(G, opt_G, step)
 
-            with torch.no_grad(), acc.autocast():
-                z_hq = sd.encode(x_hq, noise_for(n, shape, seed, 4)).float()
+            z_hq = run.encode(sd, x_hq, n, 4)
             t = random_timesteps(n, T, seed, 8)
             noise = torch.cat([noise_for(n, shape, seed, 9), noise_for(n, shape, seed, 10)])
             logits = D(torch.cat([z_hat.detach(), z_hq]), torch.cat([t, t]), torch.cat([e_img, e_img]), noise)

@@ -144,6 +144,21 @@ def load_trained(module: nn.Module, tensors: dict[str, Tensor], source: Path) ->
     return module
 
 
+def load_part(kind, base: str | Path, name: str, weights: bool = True):
+    """One part of a diffusers folder or hub repository; without `weights` its architecture only."""
+    from huggingface_hub import model_info, try_to_load_from_cache
+    base = ROOT / base if (ROOT / base).is_dir() else base  # the bundled one is recorded relative to the repo
+    try:
+        if not Path(base).is_dir() and not try_to_load_from_cache(str(base), "unet/config.json"):
+            model_info(str(base), timeout=8)  # fails at once, where the libraries below try for minutes
+        if not weights:
+            return kind.from_config(kind.load_config(base, subfolder=name))
+        return kind.from_pretrained(base, subfolder=name, torch_dtype=torch.float32)
+    except Exception as error:  # no such folder or repository, no network, no access: all the same to users
+        why = str(error).splitlines()[0]
+        raise UserError(f"{base}: no {name} there ({why}); name a local diffusers folder") from None
+
+
 def read_model(weights: Path, script: str, stage: int = 2) -> tuple[dict[str, Tensor], dict]:
     """(tensors, header) of a stage's result, if this script made it."""
     if weights == SHIPPED / script and stage == 2:
