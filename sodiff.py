@@ -87,6 +87,7 @@ class Stage2(Stage):
     lr: float            = both(2e-3,        1e-5,        "Sec. 4.1")
     lr_D: float          = both(5e-4,        1e-5,        "Sec. 4.1: one for both")
     t_F: int             = both(99,          999,         "Eqs. 8, 9: F noises to t from 0 to this", most=999)
+    gan_from: int        = both(100,         0,           "ours: the step at which D and its term join")
     weight_decay: float  = both(1e-2,        1e-2,        "ours: AdamW's own")
     checkpointing: bool  = both(False,       False,       "ours: less memory, more time")
     batch: int           = both(4,           2,           "Sec. 4.1")
@@ -535,6 +536,7 @@ def stage2(run: Run, cfg: Stage2) -> None:
     w = {term: float(term in cfg.losses) for term in LOSSES}  # Table 4; 1 each by default
 
     for step, (n, x_lq, x_hq, qf) in run.loop(pairs, {"G": G, "D": D}, {"opt_G": opt_G, "opt_D": opt_D}):
+        gan = w["gan"] * (step >= cfg.gan_from)  # set against a beginner, so small a critic learns a constant
         with acc.accumulate(G, D):
             noise, g = noise_for(n, shape, seed, 3), gumbel_for(n, T_max, seed, 5)
             x_hat, z_hat, e_img, qf_hat, tau = G(x_lq, noise, g)
@@ -547,22 +549,21 @@ def stage2(run: Run, cfg: Stage2) -> None:
                 l_G = loss_G(critic(z_hat, t, e_img, noise))
                 # Eq. 12, with Eq. 7's L_recon = L_MSE + L_EA
                 l_recon = w["mse"] * l_mse + w["ea"] * cfg.lambda_EA * l_ea
-                loss = l_recon + w["gan"] * cfg.alpha * l_G + cfg.beta * l_qf
+                loss = l_recon + gan * cfg.alpha * l_G + cfg.beta * l_qf
                 run.gradients(step, G, mse=l_mse, ea=cfg.lambda_EA * l_ea, gan_g=cfg.alpha * l_G,
                               qf=cfg.beta * l_qf)
                 acc.backward(loss)
             run.update(G, opt_G, step)
 
-            z_hq = run.encode(sd, x_hq, n, 4)
-            t = random_timesteps(n, T, seed, 8)
-            noise = torch.cat([noise_for(n, shape, seed, 9), noise_for(n, shape, seed, 10)])
-            logits = D(torch.cat([z_hat.detach(), z_hq]), torch.cat([t, t]), torch.cat([e_img, e_img]), noise)
-            fake, true = logits.chunk(2)
-            l_D = loss_D(fake, true)
-            acc.backward(l_D)
-            run.update(D, opt_D, step)
-        run.log(mse=l_mse, ea=l_ea, gan_g=l_G, gan_d=l_D, right=critic.accuracy(fake, true), qf=l_qf,
-                tau=tau.mean(), loss=loss)
+            if gan:
+                z, t = torch.cat([z_hat.detach(), run.encode(sd, x_hq, n, 4)]), random_timesteps(n, T, seed, 8)
+                noise = torch.cat([noise_for(n, shape, seed, 9), noise_for(n, shape, seed, 10)])
+                fake, true = D(z, torch.cat([t, t]), torch.cat([e_img, e_img]), noise).chunk(2)
+                l_D = loss_D(fake, true)
+                acc.backward(l_D)
+                run.update(D, opt_D, step)
+                run.log(gan_d=l_D, right=critic.accuracy(fake, true))
+        run.log(mse=l_mse, ea=l_ea, gan_g=l_G, qf=l_qf, tau=tau.mean(), loss=loss)
     run.save(G, fingerprint=sd.fingerprint)
 
 
