@@ -556,7 +556,8 @@ def stage2(run: Run, cfg: Stage2) -> None:
             run.update(G, opt_G, step)
 
             if gan:
-                z, t = torch.cat([z_hat.detach(), run.encode(sd, x_hq, n, 4)]), random_timesteps(n, T, seed, 8)
+                t, z_hq = random_timesteps(n, T, seed, 8), run.encode(sd, x_hq, n, 4)
+                z = torch.cat([z_hat.detach(), z_hq])
                 noise = torch.cat([noise_for(n, shape, seed, 9), noise_for(n, shape, seed, 10)])
                 fake, true = D(z, torch.cat([t, t]), torch.cat([e_img, e_img]), noise).chunk(2)
                 l_D = loss_D(fake, true)
