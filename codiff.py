@@ -74,7 +74,6 @@ class Stage2(Stage):
     T_D: int             = both(0,           199,       "released code: D's timestep", most=999)
     lr: float            = both(2e-3,        5e-5,      "Sec. 4.1")
     lr_D: float          = both(5e-4,        5e-5,      "Sec. 4.1: one for both")
-    gan_from: int        = both(100,         0,         "ours: the step at which D and its term join")
     weight_decay: float  = both(1e-5,        1e-5,      "Sec. 4.1")
     clip: float          = both(1.0,         1.0,       "released code: gradient norm")
     checkpointing: bool  = both(False,       False,     "ours: less memory, more time")
@@ -331,7 +330,6 @@ def stage2(run: Run, cfg: Stage2) -> None:
     w = {term: float(term in cfg.losses) for term in LOSSES}  # Table 5; 1 each by default
 
     for step, (n, x_lq, x_hq, _) in run.loop(pairs, {"G": G, "D": D}, {"opt_G": opt_G, "opt_D": opt_D}):
-        gan = w["gan"] * (step >= cfg.gan_from)  # set against a beginner, so small a critic learns a constant
         with acc.accumulate(G, D):
             x_hat, z_hat = G(x_lq, noise_for(n, shape, run.seed, 3))
             l_2 = loss_2(x_hat, x_hq)
@@ -345,12 +343,12 @@ def stage2(run: Run, cfg: Stage2) -> None:
             with frozen(critic):  # until after backward: checkpointing runs the critic's forward again there
                 l_G = loss_G(critic(z_hat, cfg.T_D))
                 # Eq. 10
-                loss = l_per + gan * cfg.lambda_G * l_G
+                loss = l_per + w["gan"] * cfg.lambda_G * l_G
                 run.gradients(step, G, l2=l_2, dists=cfg.lambda_P * l_dists, gan_g=cfg.lambda_G * l_G)
                 acc.backward(loss)
             run.update(G, opt_G, step)
 
-            if gan:
+            if w["gan"]:
                 z_hq = run.encode(real, x_hq, n, 4)
                 fake, true = D(torch.cat([z_hat.detach(), z_hq]), cfg.T_D).chunk(2)
                 l_D = loss_D(fake, true)

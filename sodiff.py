@@ -87,7 +87,6 @@ class Stage2(Stage):
     lr: float            = both(2e-3,        1e-5,        "Sec. 4.1")
     lr_D: float          = both(5e-4,        1e-5,        "Sec. 4.1: one for both")
     t_F: int             = both(99,          999,         "Eqs. 8, 9: F noises to t from 0 to this", most=999)
-    gan_from: int        = both(100,         0,           "ours: the step at which D and its term join")
     weight_decay: float  = both(1e-2,        1e-2,        "ours: AdamW's own")
     checkpointing: bool  = both(False,       False,       "ours: less memory, more time")
     batch: int           = both(4,           2,           "Sec. 4.1")
@@ -536,7 +535,6 @@ def stage2(run: Run, cfg: Stage2) -> None:
     w = {term: float(term in cfg.losses) for term in LOSSES}  # Table 4; 1 each by default
 
     for step, (n, x_lq, x_hq, qf) in run.loop(pairs, {"G": G, "D": D}, {"opt_G": opt_G, "opt_D": opt_D}):
-        gan = w["gan"] * (step >= cfg.gan_from)  # set against a beginner, so small a critic learns a constant
         with acc.accumulate(G, D):
             noise, g = noise_for(n, shape, seed, 3), gumbel_for(n, T_max, seed, 5)
             x_hat, z_hat, e_img, qf_hat, tau = G(x_lq, noise, g)
@@ -549,13 +547,13 @@ def stage2(run: Run, cfg: Stage2) -> None:
                 l_G = loss_G(critic(z_hat, t, e_img, noise))
                 # Eq. 12, with Eq. 7's L_recon = L_MSE + L_EA
                 l_recon = w["mse"] * l_mse + w["ea"] * cfg.lambda_EA * l_ea
-                loss = l_recon + gan * cfg.alpha * l_G + cfg.beta * l_qf
+                loss = l_recon + w["gan"] * cfg.alpha * l_G + cfg.beta * l_qf
                 run.gradients(step, G, mse=l_mse, ea=cfg.lambda_EA * l_ea, gan_g=cfg.alpha * l_G,
                               qf=cfg.beta * l_qf)
                 acc.backward(loss)
             run.update(G, opt_G, step)
 
-            if gan:
+            if w["gan"]:
                 t, z_hq = random_timesteps(n, T, seed, 8), run.encode(sd, x_hq, n, 4)
                 z = torch.cat([z_hat.detach(), z_hq])
                 noise = torch.cat([noise_for(n, shape, seed, 9), noise_for(n, shape, seed, 10)])

@@ -117,7 +117,7 @@ def write_run(out: Path, script: str, base, settings: list[Stage], results: dict
 
 def convert_half(run: Path, base: str | None, out: Path) -> None:
     """What restoring needs of a run (OSCAR: stage 2 alone), in half precision and nothing else."""
-    script = read_json(run / "config.json").get("script", "codiff")
+    script = read_json(run / "config.json").get("script", "")
     for stage in (2,) if script == "oscar" else (1, 2):
         tensors, header = read_model(run, script, stage)
         half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}

@@ -13,7 +13,7 @@ from common import ROOT
 SCRIPTS = ("codiff", "oscar", "sodiff", "moe_diffir")
 COMMANDS = {script: ("train", "restore", "eval", "profile", "figures") for script in SCRIPTS}
 COMMANDS["oscar"] = ("train", "compress", "decompress", "eval", "profile", "figures")
-TOOLS = {"caption": [], "make_cir": [], "pieces": [], "make_tiny_sd": [], "convert": ["codiff"]}  # words before --help
+TOOLS = {"caption": [], "make_cir": [], "pieces": [], "make_tiny_sd": ["train"], "convert": ["codiff"]}  # words before --help
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", ROOT / "data" / "README.md",
                                              *sorted((ROOT / "data" / "results").glob("*.md"))]}
 README = PAGES[ROOT / "README.md"]
