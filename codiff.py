@@ -50,6 +50,7 @@ class Stage1(Stage):
     crop: int            = both(64,                  256,                 "Sec. 4.1")
     qf_min: int          = both(8,                   8,                   "Sec. 4.1", most=100)
     qf_max: int          = both(95,                  95,                  "Sec. 4.1", most=100)
+    off_grid: float      = both(0.5,                 0.5,                 "released code: of crops", most=1)
     learning: str        = both("dual",              "dual",              "Table 4", "learning", LEARNING)
     lambda_rec: float    = both(3.0,                 1000.0,              "Sec. 4.1, Eq. 6's lambda")
     lr: float            = both(1e-3,                2e-5,                "Sec. 4.1")
@@ -66,6 +67,7 @@ class Stage2(Stage):
     crop: int            = both(128,         256,       "Sec. 4.1")
     qf_min: int          = both(5,           8,         "Sec. 4.1", most=100)
     qf_max: int          = both(15,          95,        "Sec. 4.1", most=100)
+    off_grid: float      = both(0.0,         0.5,       "released code: of crops", most=1)
     prompt: str          = both("cave",      "cave",    "Table 3", "prompt", PROMPTS)
     losses: tuple        = both(LOSSES,      LOSSES,    "Table 5: the terms that count", "losses", LOSSES)
     dists: str           = both("small",     "vgg16",   "Eq. 7; 'small' needs no download", None, DISTS)
@@ -88,8 +90,8 @@ class JPEGPairs(Crops):
     """Sample n -> (n, x_lq, x_hq, q): a crop and its JPEG, QF uniform in qf_min..qf_max (Sec. 4.1).
     DIFFERS: the release draws three in four from {10, 20, ..., 60}. Crops are flipped and rotated too (ours).
 
-    Half of the crops are cut off the JPEG's 8x8 grid, at an offset of 0..8 pixels an axis, as in the
-    released code: photographs from the web have often been cropped after compression."""
+    Of the crops `off_grid` are cut off the JPEG's 8x8 grid, at an offset of 0..8 pixels an axis, half of them
+    in the released code: photographs from the web have often been cropped after compression."""
 
     def __init__(self, folders, cfg: Stage1 | Stage2, multiple: int, seed: int):
         cfg.check_crop(multiple)
@@ -101,7 +103,7 @@ class JPEGPairs(Crops):
         hq = Image.fromarray(self.crop(n))
         qf = int(r.integers(self.cfg.qf_min, self.cfg.qf_max + 1))
         lq = jpeg(hq, qf)
-        left, top = r.integers(0, 9, 2).tolist() if r.random() < 0.5 else (0, 0)
+        left, top = r.integers(0, 9, 2).tolist() if r.random() < self.cfg.off_grid else (0, 0)
         box = (left, top, left + self.cfg.crop, top + self.cfg.crop)
         return n, to_tensor(lq.crop(box)), to_tensor(hq.crop(box)), torch.tensor((100 - qf) / 100)
 
