@@ -153,7 +153,8 @@ def load_part(kind, base: str | Path, name: str, weights: bool = True):
             model_info(str(base), timeout=8)  # fails at once, where the libraries below try for minutes
         if not weights:
             return kind.from_config(kind.load_config(base, subfolder=name))
-        return kind.from_pretrained(base, subfolder=name, torch_dtype=torch.float32)
+        dtype = {} if name == "tokenizer" else {"torch_dtype": torch.float32}
+        return kind.from_pretrained(base, subfolder=name, **dtype)
     except Exception as error:  # no such folder or repository, no network, no access: all the same to users
         why = str(error).splitlines()[0]
         raise UserError(f"{base}: no {name} there ({why}); name a local diffusers folder") from None

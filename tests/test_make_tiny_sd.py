@@ -58,3 +58,15 @@ def test_the_recipe_makes_a_base(made):
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [(r["stage"], r["step"]) for r in rows] == [(2, 0), (2, 1), (2, 2), (1, 0), (1, 1)]
     assert "denoise" not in rows[0] and "denoise" in rows[1]  # CLIP alone first
+
+
+def test_it_goes_on_from_a_base(made, tmp_path):
+    """With no step worth the name, what comes out is what went in, tokenizer and all."""
+    run, base = made
+    photos = str(run.parent / "photos")
+    options = ["--base", str(base), "--s2-clip-alone", "0", "--s2-steps", "1", "--s2-crop", "32", "--s2-lr", "0"]
+    recipe.main(["train", "--stage", "2", "--data", photos, "--val", photos, "--out", str(tmp_path), *options,
+                 "--s2-lr-adam", "0"])
+    recipe.main(["assemble", str(run), str(tmp_path), "--val", photos, "--base", str(base), "--to", str(tmp_path / "sd")])
+    for text in ("a cat", ""):
+        assert torch.equal(text_tokens(tmp_path / "sd", [text]), text_tokens(base, [text]))
