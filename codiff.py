@@ -66,21 +66,22 @@ class Stage2(Stage):
     rank: int            = both(16,          16,        "Sec. 4.1")
     crop: int            = both(128,         256,       "Sec. 4.1")
     qf_min: int          = both(5,           8,         "Sec. 4.1", most=100)
-    qf_max: int          = both(15,          95,        "Sec. 4.1", most=100)
+    qf_max: int          = both(12,          95,        "Sec. 4.1", most=100)
     off_grid: float      = both(0.0,         0.5,       "released code: of crops", most=1)
     prompt: str          = both("cave",      "cave",    "Table 3", "prompt", PROMPTS)
     losses: tuple        = both(LOSSES,      LOSSES,    "Table 5: the terms that count", "losses", LOSSES)
     dists: str           = both("small",     "vgg16",   "Eq. 7; 'small' needs no download", None, DISTS)
     lambda_P: float      = both(0.004,       1.0,       "Sec. 4.1, Eq. 7")
-    lambda_G: float      = both(5e-3,        5e-3,      "Sec. 4.1, Eq. 10")
+    lambda_G: float      = both(5e-4,        5e-3,      "Sec. 4.1, Eq. 10")
     T_D: int             = both(0,           199,       "released code: D's timestep", most=999)
-    lr: float            = both(2e-3,        5e-5,      "Sec. 4.1")
+    lr: float            = both(7e-4,        5e-5,      "Sec. 4.1")
+    warmup: int          = both(120,         0,         "ours: steps of G's rising lr, in which D gets ahead")
     lr_D: float          = both(5e-4,        5e-5,      "Sec. 4.1: one for both")
     weight_decay: float  = both(1e-5,        1e-5,      "Sec. 4.1")
     clip: float          = both(1.0,         1.0,       "released code: gradient norm")
     checkpointing: bool  = both(False,       False,     "ours: less memory, more time")
     batch: int           = both(4,           32,        "Sec. 4.1")
-    steps: int           = both(300,         100_000,   "Sec. 4.1")
+    steps: int           = both(320,         100_000,   "Sec. 4.1")
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -348,7 +349,7 @@ def stage2(run: Run, cfg: Stage2) -> None:
                 loss = l_per + w["gan"] * cfg.lambda_G * l_G
                 run.gradients(step, G, l2=l_2, dists=cfg.lambda_P * l_dists, gan_g=cfg.lambda_G * l_G)
                 acc.backward(loss)
-            run.update(G, opt_G, step)
+            run.update(G, opt_G, step, cfg.warmup)
 
             if w["gan"]:
                 z_hq = run.encode(real, x_hq, n, 4)
