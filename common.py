@@ -486,15 +486,15 @@ class Run:
 
     def update(self, module: nn.Module, optimizer, step: int, warmup: int = 0) -> None:
         """Clip, step, zero (with accumulation only after a step's last micro-batch: accelerate sees to that).
-        The learning rate rises over `warmup` steps, if any, and falls to zero over the run's last `decay` part,
-        both linearly."""
+        The learning rate rises over `warmup` steps, if any, with their cube: at first hardly at all. It falls
+        linearly to zero over the run's last `decay` part."""
         cfg = self.cfg
         if self.acc.sync_gradients and cfg.clip:
             self.acc.clip_grad_norm_(module.parameters(), cfg.clip)
         for group in optimizer.param_groups:
             peak = group.setdefault("initial_lr", group["lr"])
             group["lr"] = peak * min(1.0, (1 - step / cfg.steps) / cfg.decay if cfg.decay else 1.0,
-                                     (step + 1) / warmup if warmup else 1.0)
+                                     ((step + 1) / warmup) ** 3 if warmup else 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
