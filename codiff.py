@@ -75,7 +75,7 @@ class Stage2(Stage):
     lambda_G: float      = both(5e-4,        5e-3,      "Sec. 4.1, Eq. 10")
     T_D: int             = both(0,           199,       "released code: D's timestep", most=999)
     lr: float            = both(6e-4,        5e-5,      "Sec. 4.1")
-    warmup: int          = both(150,         0,         "ours: steps of G's rising lr, in which D gets ahead")
+    lead: float          = both(0.3,         0.0,       "ours: first part of the run, of D alone", most=1)
     lr_D: float          = both(5e-4,        5e-5,      "Sec. 4.1: one for both")
     weight_decay: float  = both(1e-5,        1e-5,      "Sec. 4.1")
     clip: float          = both(1.0,         1.0,       "released code: gradient norm")
@@ -331,10 +331,13 @@ def stage2(run: Run, cfg: Stage2) -> None:
     G.train(), D.train(), dists.to(acc.device), real.to(acc.device)
     critic, shape = acc.unwrap_model(D), real.latent_shape(cfg.crop)
     w = {term: float(term in cfg.losses) for term in LOSSES}  # Table 5; 1 each by default
+    lead = int(cfg.lead * cfg.steps * w["gan"])
 
     for step, (n, x_lq, x_hq, _) in run.loop(pairs, {"G": G, "D": D}, {"opt_G": opt_G, "opt_D": opt_D}):
         with acc.accumulate(G, D):
-            x_hat, z_hat = G(x_lq, noise_for(n, shape, run.seed, 3))
+            alone = step < lead  # D needs longer to tell real from made than G to get away from it
+            with torch.set_grad_enabled(not alone):
+                x_hat, z_hat = G(x_lq, noise_for(n, shape, run.seed, 3))
             l_2 = loss_2(x_hat, x_hq)
             l_dists = dists(x_hat, x_hq).mean()
             # Eq. 7
@@ -347,16 +350,17 @@ def stage2(run: Run, cfg: Stage2) -> None:
                 l_G = loss_G(critic(z_hat, cfg.T_D))
                 # Eq. 10
                 loss = l_per + w["gan"] * cfg.lambda_G * l_G
-                run.gradients(step, G, l2=l_2, dists=cfg.lambda_P * l_dists, gan_g=cfg.lambda_G * l_G)
-                acc.backward(loss)
-            run.update(G, opt_G, step, cfg.warmup)
+                run.gradients(step, G, lead, l2=l_2, dists=cfg.lambda_P * l_dists, gan_g=cfg.lambda_G * l_G)
+                if not alone:
+                    acc.backward(loss)
+                    run.update(G, opt_G, step)
 
             if w["gan"]:
                 z_hq = run.encode(real, x_hq, n, 4)
                 fake, true = D(torch.cat([z_hat.detach(), z_hq]), cfg.T_D).chunk(2)
                 l_D = loss_D(fake, true)
                 acc.backward(l_D)
-                run.update(D, opt_D, step)
+                run.update(D, opt_D, step, decays=False)
                 run.log(gan_d=l_D, right=critic.accuracy(fake, true))
         run.log(l2=l_2, dists=l_dists, gan_g=l_G, loss=loss)
     run.save(G, fingerprint=fingerprint)

@@ -473,28 +473,26 @@ class Run:
             self.known |= zip(((key, i) for i in n.tolist()), z)
         return torch.stack([self.known[key, i] for i in n.tolist()])
 
-    def gradients(self, step: int, module: nn.Module, **terms: Tensor) -> None:
-        """At the first step, prints the norm of each term's gradient: one that moves nothing shows as 0."""
-        if step or self.terms:  # terms: this is a later micro-batch
+    def gradients(self, step: int, module: nn.Module, first: int = 0, **terms: Tensor) -> None:
+        """At the `first` step, prints the norm of each term's gradient: one that moves nothing shows as 0."""
+        if step != first or self.terms:  # terms: this is a later micro-batch
             return
         parameters, norms = [p for p in module.parameters() if p.requires_grad], []
         for name, term in terms.items():
             grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
             norm = math.sqrt(sum(g.float().square().sum().item() for g in grads if g is not None))
             norms.append(f"|grad {name}| {norm:.3g}")
-        self.acc.print("step 1: " + "  ".join(norms))
+        self.acc.print(f"step {step + 1}: " + "  ".join(norms))
 
-    def update(self, module: nn.Module, optimizer, step: int, warmup: int = 0) -> None:
+    def update(self, module: nn.Module, optimizer, step: int, decays: bool = True) -> None:
         """Clip, step, zero (with accumulation only after a step's last micro-batch: accelerate sees to that).
-        The learning rate rises over `warmup` steps, if any, with their cube: at first hardly at all. It falls
-        linearly to zero over the run's last `decay` part."""
+        The learning rate is constant; if it `decays` it falls linearly to zero over the run's last part."""
         cfg = self.cfg
         if self.acc.sync_gradients and cfg.clip:
             self.acc.clip_grad_norm_(module.parameters(), cfg.clip)
         for group in optimizer.param_groups:
             peak = group.setdefault("initial_lr", group["lr"])
-            group["lr"] = peak * min(1.0, (1 - step / cfg.steps) / cfg.decay if cfg.decay else 1.0,
-                                     ((step + 1) / warmup) ** 3 if warmup else 1.0)
+            group["lr"] = peak * min(1.0, (1 - step / cfg.steps) / cfg.decay if cfg.decay and decays else 1.0)
         optimizer.step()
         optimizer.zero_grad()
 

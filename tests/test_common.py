@@ -365,6 +365,8 @@ def test_two_learning_rates_fall_together(tmp_path):
         for o in optimizers:
             run.update(m, o, step)
         seen.append([o.param_groups[0]["lr"] for o in optimizers])
+    run.update(m, optimizers[0], 99, decays=False)
+    assert optimizers[0].param_groups[0]["lr"] == 1
     assert torch.tensor(seen)[:, 1].mul(10).allclose(torch.tensor(seen)[:, 0])
     assert [seen[i][0] for i in (0, 50, 75)] == [1.0, 1.0, 0.5] and seen[-1][0] == pytest.approx(0.02)
 
