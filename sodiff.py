@@ -87,11 +87,11 @@ class Stage2(Stage):
     lr: float            = both(6e-4,        1e-5,        "Sec. 4.1")
     lead: float          = both(0.3,         0.0,         "ours: first part of the run, of D alone", most=1)
     lr_D: float          = both(5e-4,        1e-5,        "Sec. 4.1: one for both")
-    t_F: int             = both(99,          999,         "Eqs. 8, 9: F noises to t from 0 to this", most=999)
+    t_F: int             = both(19,          999,         "Eqs. 8, 9: F noises to t from 0 to this", most=999)
     weight_decay: float  = both(1e-2,        1e-2,        "ours: AdamW's own")
     checkpointing: bool  = both(False,       False,       "ours: less memory, more time")
     batch: int           = both(4,           2,           "Sec. 4.1")
-    steps: int           = both(300,         150_000,     "Sec. 4.1")
+    steps: int           = both(320,         150_000,     "Sec. 4.1")
 
 
 # --------------------------------------------------------------------------------------------- data
