@@ -82,16 +82,15 @@ class Stage2(Stage):
     losses: tuple        = both(LOSSES,      LOSSES,      "Table 4: the terms that count", "losses", LOSSES)
     dists: str           = both("small",     "vgg16",     "Eq. 7; 'small' needs no download", None, DISTS)
     lambda_EA: float     = both(0.002,       1.0,         "Eq. 7")
-    alpha: float         = both(1e-3,        1e-2,        "Sec. 4.1, Eq. 12")
+    alpha: float         = both(1e-2,        1e-2,        "Sec. 4.1, Eq. 12")
     beta: float          = both(1e-3,        1e-3,        "Sec. 4.1, Eq. 12; 0: Table 3's w/o L_qf", "beta")
-    lr: float            = both(6e-4,        1e-5,        "Sec. 4.1")
-    lead: float          = both(0.3,         0.0,         "ours: first part of the run, of D alone", most=1)
+    lr: float            = both(2e-3,        1e-5,        "Sec. 4.1")
     lr_D: float          = both(5e-4,        1e-5,        "Sec. 4.1: one for both")
-    t_F: int             = both(19,          999,         "Eqs. 8, 9: F noises to t from 0 to this", most=999)
+    t_F: int             = both(99,          999,         "Eqs. 8, 9: F noises to t from 0 to this", most=999)
     weight_decay: float  = both(1e-2,        1e-2,        "ours: AdamW's own")
     checkpointing: bool  = both(False,       False,       "ours: less memory, more time")
     batch: int           = both(4,           2,           "Sec. 4.1")
-    steps: int           = both(320,         150_000,     "Sec. 4.1")
+    steps: int           = both(300,         150_000,     "Sec. 4.1")
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -534,14 +533,11 @@ def stage2(run: Run, cfg: Stage2) -> None:
     critic, sd, seed = acc.unwrap_model(D), acc.unwrap_model(G).sd, run.seed
     T, T_max, shape = cfg.t_F + 1, len(sd.alpha_bar), sd.latent_shape(cfg.crop)
     w = {term: float(term in cfg.losses) for term in LOSSES}  # Table 4; 1 each by default
-    lead = int(cfg.lead * cfg.steps * w["gan"])
 
     for step, (n, x_lq, x_hq, qf) in run.loop(pairs, {"G": G, "D": D}, {"opt_G": opt_G, "opt_D": opt_D}):
         with acc.accumulate(G, D):
             noise, g = noise_for(n, shape, seed, 3), gumbel_for(n, T_max, seed, 5)
-            alone = step < lead  # D needs longer to tell real from made than G to get away from it
-            with torch.set_grad_enabled(not alone):
-                x_hat, z_hat, e_img, qf_hat, tau = G(x_lq, noise, g)
+            x_hat, z_hat, e_img, qf_hat, tau = G(x_lq, noise, g)
             l_mse = loss_mse(x_hat, x_hq)
             l_ea = loss_ea(dists, x_hat, x_hq)
             l_qf = 0 * l_mse if qf_hat is None else loss_qf(qf_hat, qf)
@@ -552,11 +548,10 @@ def stage2(run: Run, cfg: Stage2) -> None:
                 # Eq. 12, with Eq. 7's L_recon = L_MSE + L_EA
                 l_recon = w["mse"] * l_mse + w["ea"] * cfg.lambda_EA * l_ea
                 loss = l_recon + w["gan"] * cfg.alpha * l_G + cfg.beta * l_qf
-                run.gradients(step, G, lead, mse=l_mse, ea=cfg.lambda_EA * l_ea, gan_g=cfg.alpha * l_G,
+                run.gradients(step, G, mse=l_mse, ea=cfg.lambda_EA * l_ea, gan_g=cfg.alpha * l_G,
                               qf=cfg.beta * l_qf)
-                if not alone:
-                    acc.backward(loss)
-                    run.update(G, opt_G, step)
+                acc.backward(loss)
+            run.update(G, opt_G, step)
 
             if w["gan"]:
                 t, z_hq = random_timesteps(n, T, seed, 8), run.encode(sd, x_hq, n, 4)
@@ -565,7 +560,7 @@ def stage2(run: Run, cfg: Stage2) -> None:
                 fake, true = D(z, torch.cat([t, t]), torch.cat([e_img, e_img]), noise).chunk(2)
                 l_D = loss_D(fake, true)
                 acc.backward(l_D)
-                run.update(D, opt_D, step, decays=False)
+                run.update(D, opt_D, step)
                 run.log(gan_d=l_D, right=critic.accuracy(fake, true))
         run.log(mse=l_mse, ea=l_ea, gan_g=l_G, qf=l_qf, tau=tau.mean(), loss=loss)
     run.save(G, fingerprint=sd.fingerprint)

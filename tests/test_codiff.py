@@ -188,6 +188,23 @@ def test_train_end_to_end(run):
     assert Image.open(out / "samples" / "eval.png").width > 4 * 160
 
 
+def test_other_runs_get_rows_of_their_own(run, val, tmp_path):
+    copy = tmp_path / "twin"
+    shutil.copytree(run[0], copy)
+    args = ["eval", "--weights", str(copy), "--against", str(run[0]), "--data", str(val), "--qf", "5"]
+    assert "by codiff" in said_by(codiff.main, args, tmp_path)
+    rows = json.loads((copy / "metrics.json").read_text())["results"]["JPEG QF 5"]
+    assert rows["by codiff"] == rows["restored"] != rows["compressed"]
+
+
+def test_while_d_learns_alone_g_stays(tmp_path, no_evaluation):
+    args = ["--stage", "2", "--prompt", "empty", "--s2-lead", "1", "--s2-steps", "2", "--s2-crop", "64", "--s2-batch", "1"]
+    codiff.main(["train", *args, "--out", str(tmp_path)])
+    kept, _ = load_tensors(tmp_path / "last" / "stage2.safetensors")
+    for name, moves in (("G", False), ("D", True)):
+        assert moves == any(t.any() for k, t in kept["modules"][name].items() if "lora_B" in k)
+
+
 def test_restore_a_folder_of_any_sizes(run, tmp_path, capsys):
     out, _ = run
     source = tmp_path / "in"
