@@ -70,9 +70,8 @@ class Stage1(Stage):
     lambda_dp: float     = both(0.1,      0.0,       "ours: small prior tells tasks apart, as DA-CLIP's")
     crop: int            = both(128,      256,       "Sec. 4.1")
     start: str           = both("lq",     "noise",   "Eq. 2; see stage1 and sample", "start", STARTS)
-    start_t: int         = both(99,       999,       "ours: t* of 'lq'; where sampling starts", most=999)
+    start_t: int         = both(49,       999,       "ours: t* of 'lq'; where sampling starts", most=999)
     t_max: int           = both(499,      999,       "Eq. 2: 'noise' has t uniform in 0..t_max", most=999)
-    period: int          = both(512,      0,         "ours: as many crops, encoded once; 0: all new")
     lr: float            = both(1e-3,     5e-5,      "Sec. 4.1")
     clip: float          = both(1.0,      1.0,       "ours: gradient norm; 0 clips nothing")
     batch: int           = both(8,        32,        "Sec. 4.1")
@@ -96,15 +95,15 @@ class Stage2(Stage):
     #                           tiny run  paper run
     sampling: int        = both(1,        50,        "ours: steps that make z_0, here and in restore")
     levels: int          = both(1,        4,         "ours: decoder levels compensated, from full size down")
-    blocks: int          = both(0,        2,         "ours: residual blocks at each of them")
+    blocks: int          = both(1,        2,         "ours: residual blocks at each of them")
     lpips: str           = both("small",  "vgg",     "Eq. 4; 'small' needs no download", None, LPIPS)
-    cache_latents: int   = both(256,      70_000,    "Sec. 4.1: z_0 in advance; 0: none", "cache_latents")
+    cache_latents: int   = both(300,      70_000,    "Sec. 4.1: z_0 in advance; 0: none", "cache_latents")
     crop: int            = both(256,      256,       "Sec. 4.1")
-    lr: float            = both(3e-4,     1e-4,      "Sec. 4.1")
+    lr: float            = both(1e-3,     1e-4,      "Sec. 4.1")
     decay: float         = both(0.8,      0.0,       "ours: last part of the run in which lr falls to 0")
     clip: float          = both(1.0,      1.0,       "ours: gradient norm; 0 clips nothing")
-    batch: int           = both(2,        32,        "Sec. 4.1")
-    steps: int           = both(450,      100_000,   "Sec. 4.1")
+    batch: int           = both(1,        32,        "Sec. 4.1")
+    steps: int           = both(300,      100_000,   "Sec. 4.1")
 
     def __post_init__(self):
         super().__post_init__()
@@ -563,7 +562,7 @@ def stage1(run: Run, cfg: Stage1, benchmark: Benchmark) -> MoEDiffIR:
     modules = {"UNet": model.sd.unet, "VAE": model.sd.vae, "MoE-Prompt Module": model.module,
                "SPADE": model.spade, "degradation prior": model.prior, "Visual2Text": model.v2t}
     acc = run.start(1, cfg, some_unused=cfg.v2t == "small", **{name: m for name, m in modules.items() if m})
-    pairs = CIRPairs(benchmark, cfg, model.cell, run.seed, cfg.period)
+    pairs = CIRPairs(benchmark, cfg, model.cell, run.seed)
     optimizer = torch.optim.Adam(model.parameters(), cfg.lr, betas=(0.9, 0.999))
     model, optimizer = acc.prepare(model, optimizer)
     model.train()

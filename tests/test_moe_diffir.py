@@ -402,7 +402,7 @@ def test_one_step_starts_at_the_compressed_latent_itself(model, empty, monkeypat
     """start "lq": x0 of sqrt(alpha_bar) z_lq at t*, no noise; the true eps* gives the original's."""
     g = torch.Generator().manual_seed(3)
     z_lq, z_0, noise = (torch.randn(1, 16, 8, 8, generator=g) for _ in range(3))
-    seen, a = [], model.sd.alpha_bar[99]
+    seen, a = [], model.sd.alpha_bar[49]
     eps = (a.sqrt() * z_lq - a.sqrt() * z_0) / (1 - a).sqrt()
 
     def denoise(z_t, t, *_, gates):
@@ -411,7 +411,7 @@ def test_one_step_starts_at_the_compressed_latent_itself(model, empty, monkeypat
     monkeypatch.setattr(model, "denoise", denoise)
     got, _ = model.sample(z_lq, None, empty[None], 1, noise)
     (z_t, t), = seen
-    assert t == [99] and torch.equal(z_t, a.sqrt() * z_lq) and torch.allclose(got, z_0, atol=1e-5)
+    assert t == [49] and torch.equal(z_t, a.sqrt() * z_lq) and torch.allclose(got, z_0, atol=1e-5)
 
 
 def test_the_prior_sees_windows_of_the_training_crop(model):
@@ -799,7 +799,7 @@ def test_eq_2_of_both_starts(start, val, tmp_path, monkeypatch):
     noised = a.sqrt() * z_0 + (1 - a).sqrt() * eps
     assert torch.equal(encoded[0], z_lq) and torch.allclose(z_t, noised, atol=1e-5)
     if start == "lq":
-        assert t.tolist() == [99, 99] and torch.allclose(z_t, a.sqrt() * z_lq, atol=1e-5)
+        assert t.tolist() == [49, 49] and torch.allclose(z_t, a.sqrt() * z_lq, atol=1e-5)
         assert set(steps) == {1}
         return
     assert len(set(t.tolist())) == 2 and t.max() < 500 and abs(eps.std() - 1) < 0.1
@@ -830,7 +830,7 @@ def test_latent_errors_in_closed_form(val, capsys):
 def test_a_start_without_noise_is_no_start_from_noise():
     with pytest.raises(UserError, match=r"--s1-start-t 999: .*to 499 \(--start lq\)"):
         Stage1.paper().__class__(**(vars(Stage1.paper()) | {"start": "lq"}))
-    assert Stage1.paper().start_t == 999 and Stage1().start_t == 99
+    assert Stage1.paper().start_t == 999 and Stage1().start_t == 49
 
 
 def test_several_processes_refuse_to_wait_for_the_benchmark(val, tmp_path, monkeypatch, capsys):
