@@ -571,8 +571,9 @@ class CommandLine(argparse.ArgumentParser):
 
 def model_flags(p: argparse.ArgumentParser, script: str) -> None:
     """What `restore` and the tools need to find a trained model."""
-    own = ROOT / "runs" / script
-    p.add_argument("--weights", type=Path, default=own if (own / "model").exists() else SHIPPED / script,
+    own, shipped = ROOT / "runs" / script, SHIPPED / script
+    own = shipped if shipped.exists() and not (own / "model").exists() else own
+    p.add_argument("--weights", type=Path, default=own,
                    help="a run's folder (default: your last run's, or the weights that ship)")
     p.add_argument("--base", help="the diffusers folder or hub id it was trained on (default: as recorded)")
     p.add_argument("--tile", type=int, metavar="PX", help="work in windows of PX x PX pixels: bounded memory")

@@ -324,7 +324,8 @@ def test_checkpointing_and_accumulation_leave_the_losses_as_they_are(uninterrupt
     out = tmp_path / "run"
     shutil.copytree(uninterrupted, out)
     (out / "last" / "stage2.safetensors").unlink()
-    codiff.main([*train_args(out, val), "--stage", "2", "--s2-checkpointing", "--s2-accumulate", "2", "--s2-steps", "4"])
+    codiff.main([*train_args(out, val), "--stage", "2", "--s2-checkpointing", "--s2-accumulate", "2", "--s2-steps", "4",
+                 "--s2-lead", "0.75"])  # 3 steps, as of 10
     one, two = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (uninterrupted, out))
     assert len(one) == 20 and len(two) == 14
     for a, b in zip(one, two):
@@ -368,7 +369,7 @@ def test_other_prompts_need_no_cave(tmp_path, val, prompt, no_evaluation):
 
 def test_losses_are_those_asked_for(uninterrupted, tmp_path, val, no_evaluation):
     """Total in the log = weighted sum of the terms that --losses names."""
-    for losses, weights in (("dists", (0, 0.02, 0)), ("l2,gan", (1, 0, 5e-3))):
+    for losses, weights in (("dists", (0, Stage2().lambda_P, 0)), ("l2,gan", (1, 0, Stage2().lambda_G))):
         out = tmp_path / losses.replace(",", "_")
         shutil.copytree(uninterrupted, out)
         (out / "last" / "stage2.safetensors").unlink()

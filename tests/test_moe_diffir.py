@@ -338,7 +338,7 @@ def test_spade_is_its_formula_on_the_residual_branches_of_stablesr(model, size):
         def modulate(h):
             seen.append(block)
             gamma, beta = spade_of[block.conv2].maps(features[i]).chunk(2, 1)
-            return h + gamma * F.group_norm(h, 32, eps=1e-5) + beta
+            return h + gamma * F.group_norm(h, unet.config.norm_num_groups, eps=1e-5) + beta
         return modulate
     with torch.no_grad():
         emb = unet.time_embedding(unet.time_proj(t))

@@ -652,7 +652,7 @@ def test_fixed_timestep_losses_beta_and_checkpointing(run, tmp_path, val, no_eva
     assert model.predictor is None
     assert sodiff.restore(model, Image.new("RGB", (40, 40)))[1:] == (None, 30.0)
     row = continued(run, tmp_path / "beta", val, "--beta", "0", "--losses", "mse", "--s2-steps", "1",
-                    "--s2-checkpointing", "--s2-accumulate", "2", "--s2-qf-crops", "0")
+                    "--s2-checkpointing", "--s2-accumulate", "2")
     assert row["loss"] == row["mse"] and row["qf"] > 0
     first = json.loads((run[0] / "log.jsonl").read_text().splitlines()[6])
     for term in ("mse", "gan_g"):
