@@ -951,7 +951,7 @@ def test_profile_counts_by_part_for_one_step_and_fifty(capsys):
     ("train --out {new} --prompt two", "--prompt two: choose from none"),
     ("train --out {new} --s2-sampling 0", "--s2-sampling 0"),
     ("train --out {new} --s2-sampling 2", "--s2-sampling 2: must be from 1 to 1 (--start lq"),
-    ("train --out {new} --start noise --s2-sampling 101", "--s2-sampling 101: must be from 1 to 100"),
+    ("train --out {new} --start noise --s2-sampling 51", "--s2-sampling 51: must be from 1 to 50"),
     ("train --out {new} --start there", "--start there: choose from lq, noise"),
     ("train --out {new} --s2-levels 0", "--s2-levels 0"),
     ("train --out {new} --cache-latents -1", "--cache-latents -1"),
