@@ -438,7 +438,7 @@ class Run:
         for name, module in modules.items() if state else ():
             load_trained(module, state["modules"].get(name, {}), last)
         for name, optimizer in optimizers.items() if state else ():
-            moments = {int(i): m for i, m in state["optimizers"][name].items()}
+            moments = {int(i): m for i, m in state["optimizers"].get(name, {}).items()}
             optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
         if self.main and log.exists():
             whole = [line for line in log.read_text().splitlines(True) if line.endswith("\n")]

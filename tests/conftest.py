@@ -11,7 +11,6 @@ import socket
 import pytest
 import torch
 
-import codiff
 import common
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -23,14 +22,6 @@ def said_by(main, args: list[str], cwd) -> str:
     with contextlib.chdir(cwd), contextlib.redirect_stdout(io.StringIO()) as out:
         main(args)
     return out.getvalue()
-
-
-@pytest.fixture(scope="session")
-def codiff_run(tmp_path_factory):
-    import test_codiff
-    out = tmp_path_factory.mktemp("whole") / "run"
-    codiff.main(test_codiff.train_args(out, test_codiff.make_val(tmp_path_factory.mktemp("val"))))
-    return out
 
 
 @pytest.fixture

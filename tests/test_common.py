@@ -20,7 +20,7 @@ from common import (SD, TINY_SD, Crops, Discriminator, Tiles, UserError, add_lor
 from data.files import atomic, write_json
 from data.pictures import fixed_norms, starts
 from data.results.complexity import macs
-from data.results.evaluate import block_grid, psnr_b
+from data.results.evaluate import block_grid, detail, psnr_b
 
 
 def learning(module):
@@ -219,6 +219,12 @@ def test_psnr_b_is_psnr_without_blocks_and_lower_with_them():
     assert psnr_b(flat + 5, flat) == pytest.approx(10 * np.log10(255**2 / 25), abs=1e-4)
     blocks = flat + 5 * (-1) ** (torch.arange(64) // 8).view(1, 1, 1, 64)
     assert psnr_b(blocks, flat) < psnr_b(flat + 5, flat) - 1
+
+
+def test_detail_is_how_much_luma_changes_from_pixel_to_pixel():
+    x = torch.rand(1, 1, 20, 24)
+    assert detail(x, x) == 1 and detail(0.5 * x + 3, x) == pytest.approx(0.5) and detail(torch.nn.functional.avg_pool2d(x, 3, 1), x[..., 1:-1, 1:-1]) < 0.6
+    assert detail(x, torch.ones_like(x)) is None and detail(x[..., :1], x[..., :1]) is None
 
 
 def test_block_grid_is_one_without_blocks_and_counts_steps_with_them():

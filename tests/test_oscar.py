@@ -477,7 +477,7 @@ def val(tmp_path_factory):
 
 
 def train_args(out, val):
-    return [str(a) for a in ("train", "--out", out, "--s1-steps", 6, "--s2-steps", 8, "--val", val, *SHORT)]
+    return [str(a) for a in ("train", "--out", out, "--s1-steps", 4, "--s2-steps", 4, "--val", val, *SHORT)]
 
 
 @pytest.fixture(scope="session")
@@ -500,12 +500,12 @@ def test_train_end_to_end(run):
     norms = next(line for line in printed.splitlines() if "|grad gan_g|" in line)
     assert float(norms.split()[-1]) > 0  # the released code's is exactly 0
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [(r["stage"], r["step"]) for r in rows] == [(1, s) for s in range(6)] + [(2, s) for s in range(8)]
+    assert [(r["stage"], r["step"]) for r in rows] == [(s, i) for s in (1, 2) for i in range(4)]
     assert {f"{k}@{name}" for k in ("cos", "live") for name in NAMES} <= rows[0].keys()
     l_sim = -next(v for k, v in rows[-1].items() if k.startswith("cos@"))
     assert rows[-1]["repa"] == pytest.approx(rows[-1]["vq"] + l_sim, abs=1e-6)
-    drawn = [NAMES[int(rng(0, 5, step).integers(8))] for step in range(8)]  # a rate a step
-    assert [[k[4:] for k in row if k.startswith("cos@")] for row in rows[6:]] == [[name] for name in drawn]
+    drawn = [NAMES[int(rng(0, 5, step).integers(8))] for step in range(4)]  # a rate a step
+    assert [[k[4:] for k in row if k.startswith("cos@")] for row in rows[4:]] == [[name] for name in drawn]
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     assert files == {"config.json", "log.jsonl", "metrics.json", "samples/eval.png", "samples/rd.png",
                      "last/stage1.safetensors", "last/stage2.safetensors", "model/mapping.json",
@@ -520,8 +520,9 @@ def test_train_end_to_end(run):
         assert 13.999 < frame < 15
 
 
-def test_decompress_equals_the_in_memory_reconstruction_for_any_size(model, run, tmp_path):
+def test_decompress_equals_the_in_memory_reconstruction_for_any_size(model, run, tmp_path, monkeypatch):
     """compress and decompress as commands, against hyper-encoder, UNet and VAE called one by one."""
+    monkeypatch.setattr(oscar, "load", lambda *_: model)  # eight times the same
     photo, source = Image.open(PHOTOS / "val" / "chelsea.png"), tmp_path / "in"
     (source / "deep").mkdir(parents=True)
     boxes = {"odd": (121, 135), "deep/even": (128, 64), "one": (1, 1), "wide": (201, 3), "eights": (72, 104)}
@@ -575,14 +576,14 @@ def test_a_picture_longer_than_a_file_can_say_is_named_and_the_others_done(run, 
 
 
 def same_run(one, two):
-    for name in ("log.jsonl", "metrics.json", "model/mapping.json"):
+    for name in ("log.jsonl", "model/mapping.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     for name in ("stage1.safetensors", "stage2.safetensors"):
         a, b = (load_tensors(folder / "model" / name)[0] for folder in (one, two))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, val, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, val, monkeypatch, no_evaluation):
     """Stopped by Ctrl-C within both stages, resumed each time: codebooks, mapping and losses are the same."""
     out, args, real = tmp_path / "run", train_args(tmp_path / "run", val), oscar.update_codebook
     for stop in (("stage1", 3), ("stage2", 3)):
@@ -593,7 +594,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, va
         monkeypatch.setattr(oscar, "update_codebook", interrupted)
         with pytest.raises(KeyboardInterrupt):
             oscar.main([*args, *(["--resume"] if (out / "config.json").exists() else [])])
-        monkeypatch.undo()
+        monkeypatch.setattr(oscar, "update_codebook", real)
     oscar.main([*args, "--resume"])
     same_run(out, run[0])
 
@@ -604,7 +605,7 @@ def test_two_processes_give_the_losses_of_one(run, two_processes, tmp_path, val)
     two_processes("oscar", train_args(tmp_path / "run", val))
     one, two = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
                 for folder in (run[0], tmp_path / "run"))
-    assert len(one) == len(two) == 14
+    assert len(one) == len(two) == 8
     G_one, G_two = (json.loads((folder / "model" / "mapping.json").read_text())["G_sim"]
                     for folder in (run[0], tmp_path / "run"))  # each process measured half of the crops
     assert G_one == pytest.approx(G_two, abs=1e-5)

@@ -76,9 +76,16 @@ def converted(pkl, base, out):
     return out
 
 
+@pytest.fixture(scope="module")
+def runs(release, tmp_path_factory):
+    """{prediction: the release, converted}."""
+    out = tmp_path_factory.mktemp("runs")
+    return {p: converted(release[1], release[0] / p, out / p) for p in ("epsilon", "v_prediction")}
+
+
 @pytest.mark.parametrize("prediction, prefix", [("epsilon", "eps"), ("v_prediction", "v")])
-def test_a_released_checkpoint_computes_what_the_release_computes(release, tmp_path, prediction, prefix):
-    G = oscar.load(converted(release[1], release[0] / prediction, tmp_path / "run"))
+def test_a_released_checkpoint_computes_what_the_release_computes(runs, prediction, prefix):
+    G = oscar.load(runs[prediction])
     assert G.true_norms and G.t == list(oscar.RELEASED_T)
     x = torch.from_numpy(EXPECTED["image_uint8"]).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.inference_mode():
@@ -95,8 +102,8 @@ def test_a_released_checkpoint_computes_what_the_release_computes(release, tmp_p
                 assert np.abs(x_hat - EXPECTED[f"{prefix}_{r}_output"]).max() < 1e-3
 
 
-def test_files_of_a_released_model_carry_its_norms(release, tmp_path):
-    weights = ["--weights", str(converted(release[1], release[0] / "epsilon", tmp_path / "run"))]
+def test_files_of_a_released_model_carry_its_norms(runs, tmp_path):
+    weights = ["--weights", str(runs["epsilon"])]
     Image.fromarray(EXPECTED["image_uint8"][0]).save(tmp_path / "a.png")
     oscar.main(["compress", str(tmp_path / "a.png"), str(tmp_path / "a.oscar"), "--bpp", "0.1250", *weights])
     assert len((tmp_path / "a.oscar").read_bytes()) <= 64 * 128 * 0.125 / 8 + 20

@@ -480,7 +480,7 @@ def val(tmp_path_factory):
 
 
 def train_args(out, val):
-    steps = ["--s1-steps", 6, "--s2-steps", 6, "--s1-save-every", 2, "--s2-save-every", 2]
+    steps = ["--s1-steps", 4, "--s2-steps", 4, "--s1-save-every", 2, "--s2-save-every", 2]
     return [*map(str, ("train", "--out", out, "--val", val, *steps, *SHORT))]
 
 
@@ -504,14 +504,14 @@ def test_train_end_to_end(run, model):
     norms = next(line for line in printed.splitlines() if "|grad gan_g|" in line).split()
     assert float(norms[norms.index("gan_g|") + 1]) > 0
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [(r["stage"], r["step"]) for r in rows] == [(s, i) for s in (1, 2) for i in range(6)]
+    assert [(r["stage"], r["step"]) for r in rows] == [(s, i) for s in (1, 2) for i in range(4)]
     cfg = Stage2()
-    for row in rows[:6]:
+    for row in rows[:4]:
         assert row["loss"] == pytest.approx(row["rec"] + 0.5 * row["align"], rel=1e-4)
-    for row in rows[6:]:
+    for row in rows[4:]:
         weighted = cfg.lambda_EA * row["ea"] + cfg.alpha * row["gan_g"] + cfg.beta * row["qf"]
         assert row["loss"] == pytest.approx(row["mse"] + weighted, rel=1e-4)
-    assert len({row["tau"] for row in rows[6:]}) == 6 and rows[5]["align"] < rows[0]["align"]
+    assert len({row["tau"] for row in rows[4:]}) == 4 and rows[3]["align"] < rows[0]["align"]
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     assert files == {"config.json", "log.jsonl", "metrics.json", "samples/eval.png",
                      "last/stage1.safetensors", "last/stage2.safetensors",
@@ -556,14 +556,13 @@ def test_tiles_keep_the_picture(model):
 
 
 def same_run(one, two):
-    for name in ("log.jsonl", "metrics.json"):
-        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    assert (one / "log.jsonl").read_bytes() == (two / "log.jsonl").read_bytes()
     for name in ("stage1.safetensors", "stage2.safetensors"):
         a, b = (load_tensors(folder / "model" / name)[0] for folder in (one, two))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, val, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, val, monkeypatch, no_evaluation):
     """Ctrl-C in the third step of both stages, after the second is saved; resumed each time."""
     out, args = tmp_path / "run", train_args(tmp_path / "run", val)
     for loss in ("loss_align", "loss_qf"):
@@ -577,7 +576,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, va
         monkeypatch.setattr(sodiff, loss, interrupted)
         with pytest.raises(KeyboardInterrupt):
             sodiff.main([*args, *(["--resume"] if (out / "config.json").exists() else [])])
-        monkeypatch.undo()
+        monkeypatch.setattr(sodiff, loss, real)
     sodiff.main([*args, "--resume"])
     same_run(out, run[0])
 
@@ -586,7 +585,7 @@ def test_two_processes_give_the_losses_of_one(run, two_processes, tmp_path, val)
     two_processes("sodiff", train_args(tmp_path / "run", val))
     logs = (folder / "log.jsonl" for folder in (run[0], tmp_path / "run"))
     one, two = ([json.loads(line) for line in log.read_text().splitlines()] for log in logs)
-    assert len(one) == len(two) == 12
+    assert len(one) == len(two) == 8
     for a, b in zip(one, two):
         assert {k: pytest.approx(v, rel=2e-3) for k, v in a.items()} == b
 

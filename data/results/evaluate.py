@@ -47,7 +47,7 @@ class Metrics:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             note(f"LPIPS and DISTS show as '-', since their networks' weights are not to be had: {reason}")
         self.extra = {k: pyiqa_metric(k) for k in extra}
-        self.names = ["PSNR", "PSNR-B", "SSIM", "grid Y", "grid C", f"LPIPS-{net}", "DISTS",
+        self.names = ["PSNR", "PSNR-B", "SSIM", "detail", "grid Y", "grid C", f"LPIPS-{net}", "DISTS",
                       *(k.upper() for k in extra)]
 
     @torch.inference_mode()
@@ -61,8 +61,8 @@ class Metrics:
         side = min(x.shape[2:])  # too small a picture has no structure, and no deep features
         ssim = structural_similarity_index_measure(x, y, data_range=255.0) if side > 10 else None
         deep = [net(xn, yn) if net and side >= 32 else None for net in (self.lpips, self.dists)]
-        values = [peak_signal_noise_ratio(x, y, data_range=255.0), psnr_b(xl, yl), ssim, *block_grid(image),
-                  *deep]
+        values = [peak_signal_noise_ratio(x, y, data_range=255.0), psnr_b(xl, yl), ssim, detail(xl, yl),
+                  *block_grid(image), *deep]
         values += [metric((xn + 1) / 2) for metric in self.extra.values()]
         return {k: None if v is None else float(v) for k, v in zip(self.names, values)}
 
@@ -105,6 +105,13 @@ def psnr_b(x: Tensor, y: Tensor) -> Tensor:
     if min(h, w) < 16:
         return torch.tensor(float("nan"))
     return peak_signal_noise_ratio_with_blocked_effect(x[..., :h, :w], y[..., :h, :w], data_range=255.0)
+
+
+def detail(x: Tensor, y: Tensor) -> Tensor | None:
+    """Sharpness: luma's mean step from pixel to pixel over the original's (1, 1, H, W). Blur is below 1; noise, ringing
+    and blocks count as well."""
+    steps = [sum(i.diff(dim=axis).abs().mean() for axis in (2, 3)) for i in (x, y)]
+    return steps[0] / steps[1] if min(x.shape[2:]) > 1 and steps[1] > 0 else None
 
 
 def block_grid(image: Image.Image) -> tuple[float | None, float | None]:

@@ -1,0 +1,110 @@
+"""data/results/ablations.py: what is run, what the table says of it, and that the pages say the same."""
+
+import importlib
+import json
+import shlex
+from types import SimpleNamespace
+
+import pytest
+
+from common import UserError
+from data.results import ablations
+from data.results.ablations import CHOICES, CLAIMS, COLUMNS, HERE, Claim, differs, verdict
+
+
+@pytest.mark.parametrize("script, flags", [(s, c.flags) for s, choices in CHOICES.items() for c in choices])
+def test_flags_are_the_scripts(script, flags, tmp_path):
+    with pytest.raises(UserError, match="nowhere"):  # the flags have been read when the folder is looked for
+        importlib.import_module(script).main(["train", *shlex.split(flags), "--data", str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize("script", CHOICES)
+def test_claims_compare_choices(script):
+    names = [c.name for c in CHOICES[script]]
+    assert len(set(names)) == len(names) and names[0] == ablations.DEFAULT
+    assert {name for claim in CLAIMS[script] for name in (claim.better, claim.worse)} <= set(names)
+
+
+def test_two_standard_errors():
+    """Deviations 1 and 1, three of each: the standard error of the difference is sqrt(2 / 3)."""
+    a = [0.0, 1.0, 2.0]
+    for shift, apart in ((1.62, False), (1.64, True), (-1.64, True)):
+        assert differs([x + shift for x in a], a) == apart
+    assert differs([1.0], a) is None
+
+
+def test_verdicts():
+    def said(better, worse):
+        rows = [{"choice": name, "figures": {"QF": {"PSNR": v}}} for name, vs in (("a", better), ("b", worse)) for v in vs]
+        return verdict(Claim("a is better", "a", "b", ""), rows, "QF")[2:]
+    assert said([3, 3.1], [2, 2.1]) == ["PSNR 3.05, 2.05", "**reproduced**"]
+    assert said([2, 2.1], [3, 3.1])[1] == "**reversed**"
+    assert said([2, 4], [1, 3])[1] == "not told apart"
+    assert said([2], [1])[1] == "one seed: not known" and said([], [1])[1] == "not run"
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """The commands run, in the place of running them: a training takes its seed for its PSNR, `--losses l2` fails."""
+    commands = []
+
+    def run(command, stdout=None, env=None, **_):
+        if command[0] == "git":
+            return SimpleNamespace(stdout="abc\n")
+        commands.append(command[2:])
+        assert env["OMP_NUM_THREADS"] == "1"
+        if "l2" in command:
+            stdout.write("no memory\n")
+            return SimpleNamespace(returncode=1)
+        out = ablations.Path(command[command.index("--out" if "train" in command else "--weights") + 1])
+        out.mkdir(exist_ok=True)
+        (out / "config.json").touch()
+        (out / "log.jsonl").write_text('{"right": 0.2}\n{"right": 0.7}\n')
+        row = {name: 20.0 + int(out.name[-1]) for _, name in COLUMNS["codiff"]} | {"DISTS": None}
+        results = {condition: {"compressed": row, "restored": row} for condition, _ in COLUMNS["codiff"]}
+        (out / "metrics.json").write_text(json.dumps({"results": results}))
+        return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(ablations.subprocess, "run", run)
+    return commands
+
+
+def test_every_run_is_done_once_and_one_that_fails_is_named(trainings, tmp_path, capsys):
+    page = tmp_path / "f.md"
+    page.write_text("before\n<!-- ablations -->\nformer\n<!-- end of ablations -->\nafter\n")
+    args = ["codiff", "--seeds", "2", "--only", "default", "l2", "--out", str(tmp_path), "--json", str(tmp_path / "f.json"), "--data", str(tmp_path)]
+    for trained, measured in ((4, 2), (6, 2)):  # the second time only what failed
+        with pytest.raises(UserError, match="2 of the runs failed: .*l2, seed [01]: no memory"):
+            ablations.main(args)
+        assert [c[0] for c in trainings].count("train") == trained and [c[0] for c in trainings].count("eval") == measured
+    rows = json.loads((tmp_path / "f.json").read_text())
+    assert [(r["choice"], r["seed"], r["commit"], r["figures"]["D"]) for r in rows] == [("default", s, "abc", {"right": 0.7}) for s in (0, 1)]
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "former" not in text
+    assert "| 20.50 ± 0.71 |" in text and "not run" in text and "commit abc" in text
+    with pytest.raises(UserError, match="--only nothing: choose from default, learnable"):
+        ablations.main(["codiff", "--only", "nothing"])
+
+
+def test_figures_of_another_commit_or_version_are_named(trainings, tmp_path, capsys):
+    page, path = tmp_path / "f.md", tmp_path / "f.json"
+    page.write_text("<!-- ablations -->\n\n<!-- end of ablations -->")
+    ablations.main(["codiff", "--seeds", "1", "--only", "default", "--out", str(tmp_path), "--json", str(path)])
+    path.write_text(path.read_text().replace("abc", "def"))
+    ablations.main(["codiff", "--write", "--json", str(path)])
+    assert "another commit (def)" in capsys.readouterr().err
+    for text, says in (("{}", "not written by this version"), ("[", "not readable as JSON")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=says):
+            ablations.main(["codiff", "--write", "--json", str(path)])
+    page.write_text("no comments")
+    path.write_text("[]")
+    with pytest.raises(UserError, match="comments"):
+        ablations.main(["codiff", "--write", "--json", str(path)])
+
+
+@pytest.mark.parametrize("script", CHOICES)
+def test_pages_say_what_the_figures_do(script):
+    path = HERE / f"{script}.json"
+    if path.exists():
+        text = ablations.text_of(script, json.loads(path.read_text()))
+        assert text in path.with_suffix(".md").read_text()
