@@ -61,7 +61,7 @@ def trainings(monkeypatch):
         (out / "config.json").touch()
         (out / "log.jsonl").write_text('{"right": 0.2}\n{"right": 0.7}\n')
         row = {name: 20.0 + int(out.name[-1]) for _, name in COLUMNS["codiff"]} | {"DISTS": None}
-        results = {condition: {"compressed": row, "restored": row} for condition, _ in COLUMNS["codiff"]}
+        results = {condition: {"compressed": row, "restored": row} for condition in ("JPEG QF 1", "JPEG QF 5", "JPEG QF 10")}
         (out / "metrics.json").write_text(json.dumps({"results": results}))
         return SimpleNamespace(returncode=0)
     monkeypatch.setattr(ablations.subprocess, "run", run)
@@ -70,7 +70,7 @@ def trainings(monkeypatch):
 
 def test_every_run_is_done_once_and_one_that_fails_is_named(trainings, tmp_path, capsys):
     page = tmp_path / "f.md"
-    page.write_text("before\n<!-- ablations -->\nformer\n<!-- end of ablations -->\nafter\n")
+    page.write_text("before\n<!-- ablations -->\nformer\n<!-- end of ablations -->\n<!-- expected -->\n\n<!-- end of expected -->\nafter\n")
     args = ["codiff", "--seeds", "2", "--only", "default", "l2", "--out", str(tmp_path), "--json", str(tmp_path / "f.json"), "--data", str(tmp_path)]
     for trained, measured in ((4, 2), (6, 2)):  # the second time only what failed
         with pytest.raises(UserError, match="2 of the runs failed: .*l2, seed [01]: no memory"):
@@ -80,14 +80,14 @@ def test_every_run_is_done_once_and_one_that_fails_is_named(trainings, tmp_path,
     assert [(r["choice"], r["seed"], r["commit"], r["figures"]["D"]) for r in rows] == [("default", s, "abc", {"right": 0.7}) for s in (0, 1)]
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "former" not in text
-    assert "| 20.50 ± 0.71 |" in text and "not run" in text and "commit abc" in text
+    assert "| 20.50 ± 0.71 |" in text and "| default: JPEG QF 10 | 20.50 ± 0.71 |" in text and "not run" in text and "commit abc" in text
     with pytest.raises(UserError, match="--only nothing: choose from default, learnable"):
         ablations.main(["codiff", "--only", "nothing"])
 
 
 def test_figures_of_another_commit_or_version_are_named(trainings, tmp_path, capsys):
     page, path = tmp_path / "f.md", tmp_path / "f.json"
-    page.write_text("<!-- ablations -->\n\n<!-- end of ablations -->")
+    page.write_text("<!-- ablations -->\n\n<!-- end of ablations --><!-- expected -->\n\n<!-- end of expected -->")
     ablations.main(["codiff", "--seeds", "1", "--only", "default", "--out", str(tmp_path), "--json", str(path)])
     path.write_text(path.read_text().replace("abc", "def"))
     ablations.main(["codiff", "--write", "--json", str(path)])
@@ -106,5 +106,5 @@ def test_figures_of_another_commit_or_version_are_named(trainings, tmp_path, cap
 def test_pages_say_what_the_figures_do(script):
     path = HERE / f"{script}.json"
     if path.exists():
-        text = ablations.text_of(script, json.loads(path.read_text()))
-        assert text in path.with_suffix(".md").read_text()
+        rows, page = json.loads(path.read_text()), path.with_suffix(".md").read_text()
+        assert ablations.text_of(script, rows) in page and ablations.expected(script, rows) in page

@@ -13,7 +13,8 @@ from common import ROOT
 SCRIPTS = ("codiff", "oscar", "sodiff", "moe_diffir")
 COMMANDS = {script: ("train", "restore", "eval", "profile", "figures") for script in SCRIPTS}
 COMMANDS["oscar"] = ("train", "compress", "decompress", "eval", "profile", "figures")
-TOOLS = {"caption": [], "make_cir": [], "pieces": [], "make_tiny_sd": ["train"], "convert": ["codiff"]}  # words before --help
+TOOLS = {"caption": [], "make_cir": [], "pieces": [], "make_tiny_sd": ["train"], "convert": ["codiff"],
+         "results.ablations": ["codiff"]}  # words before --help
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", ROOT / "data" / "README.md",
                                              *sorted((ROOT / "data" / "results").glob("*.md"))]}
 README = PAGES[ROOT / "README.md"]
@@ -68,7 +69,7 @@ def test_the_flags_of_a_tool_exist(tool, capsys):
 def test_no_page_names_a_command_or_a_flag_that_there_is_not(capsys):
     for script, command in re.findall(r"\b(codiff|oscar|sodiff|moe_diffir)\.py ([a-z]+)", ALL):
         assert command in COMMANDS[script], f"{script}.py {command}"
-    for tool in re.findall(r"-m data\.([a-z_]+)", ALL):
+    for tool in re.findall(r"-m data\.([a-z_]+(?:\.[a-z_]+)*)", ALL):
         assert tool in TOOLS
     known = {"--help"}
     for script in SCRIPTS:

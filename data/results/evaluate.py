@@ -108,8 +108,8 @@ def psnr_b(x: Tensor, y: Tensor) -> Tensor:
 
 
 def detail(x: Tensor, y: Tensor) -> Tensor | None:
-    """Sharpness: luma's mean step from pixel to pixel over the original's (1, 1, H, W). Blur is below 1; noise, ringing
-    and blocks count as well."""
+    """Sharpness: luma's mean step from pixel to pixel over the original's; (1, 1, H, W). Blur is below 1;
+    noise, ringing and blocks count as well."""
     steps = [sum(i.diff(dim=axis).abs().mean() for axis in (2, 3)) for i in (x, y)]
     return steps[0] / steps[1] if min(x.shape[2:]) > 1 and steps[1] > 0 else None
 
