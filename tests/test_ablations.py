@@ -1,15 +1,16 @@
-"""data/results/ablations.py: what is run, what the table says of it, and that the pages say the same."""
+"""data/results/ablations.py and pages.py: what is run, what the tables say of it, and that the pages say the same."""
 
 import importlib
 import json
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from common import UserError
-from data.results import ablations
-from data.results.ablations import CHOICES, CLAIMS, COLUMNS, HERE, Claim, differs, verdict
+from data.results import ablations, pages
+from data.results.pages import CHOICES, CLAIMS, COLUMNS, HERE, Claim, differs, verdict
 
 
 @pytest.mark.parametrize("script, flags", [(s, c.flags) for s, choices in CHOICES.items() for c in choices])
@@ -21,7 +22,7 @@ def test_flags_are_the_scripts(script, flags, tmp_path):
 @pytest.mark.parametrize("script", CHOICES)
 def test_claims_compare_choices(script):
     names = [c.name for c in CHOICES[script]]
-    assert len(set(names)) == len(names) and names[0] == ablations.DEFAULT
+    assert len(set(names)) == len(names) and names[0] == pages.DEFAULT
     assert {name for claim in CLAIMS[script] for name in (claim.better, claim.worse)} <= set(names)
 
 
@@ -37,7 +38,7 @@ def test_verdicts():
     def said(better, worse):
         rows = [{"choice": name, "figures": {"QF": {"PSNR": v}}} for name, vs in (("a", better), ("b", worse)) for v in vs]
         return verdict(Claim("a is better", "a", "b", ""), rows, "QF")[2:]
-    assert said([3, 3.1], [2, 2.1]) == ["PSNR 3.05, 2.05", "**reproduced**"]
+    assert said([3, 3.1], [2, 2.1]) == ["PSNR 3.05 ± 0.07, 2.05 ± 0.07", "**reproduced**"]
     assert said([2, 2.1], [3, 3.1])[1] == "**reversed**"
     assert said([2, 4], [1, 3])[1] == "not told apart"
     assert said([2], [1])[1] == "one seed: not known" and said([], [1])[1] == "not run"
@@ -56,11 +57,11 @@ def trainings(monkeypatch):
         if "l2" in command:
             stdout.write("no memory\n")
             return SimpleNamespace(returncode=1)
-        out = ablations.Path(command[command.index("--out" if "train" in command else "--weights") + 1])
+        out = Path(command[command.index("--out" if "train" in command else "--weights") + 1])
         out.mkdir(exist_ok=True)
         (out / "config.json").touch()
         (out / "log.jsonl").write_text('{"right": 0.2}\n{"right": 0.7}\n')
-        row = {name: 20.0 + int(out.name[-1]) for _, name in COLUMNS["codiff"]} | {"DISTS": None}
+        row = {name: 20.0 + (int(out.name[-1]) if "train" in command or "-" in out.name else 0) for _, name in COLUMNS["codiff"]} | {"DISTS": None}
         results = {condition: {"compressed": row, "restored": row} for condition in ("JPEG QF 1", "JPEG QF 5", "JPEG QF 10")}
         (out / "metrics.json").write_text(json.dumps({"results": results}))
         return SimpleNamespace(returncode=0)
@@ -68,16 +69,20 @@ def trainings(monkeypatch):
     return commands
 
 
-def test_every_run_is_done_once_and_one_that_fails_is_named(trainings, tmp_path, capsys):
-    page = tmp_path / "f.md"
-    page.write_text("before\n<!-- ablations -->\nformer\n<!-- end of ablations -->\n<!-- expected -->\n\n<!-- end of expected -->\nafter\n")
-    args = ["codiff", "--seeds", "2", "--only", "default", "l2", "--out", str(tmp_path), "--json", str(tmp_path / "f.json"), "--data", str(tmp_path)]
+PAGE = "before\n" + "".join(f"<!-- {name} -->\nformer\n<!-- end of {name} -->\n" for name in ("default", "ablations", "expected")) + "after\n"
+
+
+def test_every_run_is_done_once_and_one_that_fails_is_named(trainings, tmp_path):
+    page = tmp_path / "codiff.md"
+    page.write_text(PAGE)
+    args = ["codiff", "--seeds", "2", "--only", "default", "l2", "--out", str(tmp_path / "runs"), "--results", str(tmp_path), "--data", str(tmp_path)]
     for trained, measured in ((4, 2), (6, 2)):  # the second time only what failed
         with pytest.raises(UserError, match="2 of the runs failed: .*l2, seed [01]: no memory"):
             ablations.main(args)
         assert [c[0] for c in trainings].count("train") == trained and [c[0] for c in trainings].count("eval") == measured
-    rows = json.loads((tmp_path / "f.json").read_text())
+    rows = json.loads((tmp_path / "codiff.json").read_text())
     assert [(r["choice"], r["seed"], r["commit"], r["figures"]["D"]) for r in rows] == [("default", s, "abc", {"right": 0.7}) for s in (0, 1)]
+    assert str(tmp_path) not in json.dumps(rows)  # nothing of the machine's folders
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "former" not in text
     assert "| 20.50 ± 0.71 |" in text and "| default: JPEG QF 10 | 20.50 ± 0.71 |" in text and "not run" in text and "commit abc" in text
@@ -85,26 +90,39 @@ def test_every_run_is_done_once_and_one_that_fails_is_named(trainings, tmp_path,
         ablations.main(["codiff", "--only", "nothing"])
 
 
+def test_the_weights_that_ship_are_measured_and_not_trained(trainings, tmp_path, monkeypatch):
+    (tmp_path / "codiff.md").write_text(PAGE)
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)
+    monkeypatch.setattr(ablations, "SHIPPED", tmp_path / "runs")
+    (tmp_path / "runs" / "codiff-shipped").mkdir(parents=True)
+    ablations.main(["codiff", "--only", "default", "--seeds", "1", "--out", str(tmp_path / "runs"), "--results", str(tmp_path)])
+    (tmp_path / "runs" / "codiff-shipped" / "metrics.json").write_text((tmp_path / "runs" / "codiff" / "default-0" / "metrics.json").read_text())
+    ablations.main(["codiff", "--only", "shipped", "--out", str(tmp_path / "runs"), "--results", str(tmp_path)])
+    assert [c[0] for c in trainings] == ["train", "eval", "eval"]
+    assert "| restored, weights that ship | 20.00 |" in (tmp_path / "codiff.md").read_text()
+
+
 def test_figures_of_another_commit_or_version_are_named(trainings, tmp_path, capsys):
-    page, path = tmp_path / "f.md", tmp_path / "f.json"
-    page.write_text("<!-- ablations -->\n\n<!-- end of ablations --><!-- expected -->\n\n<!-- end of expected -->")
-    ablations.main(["codiff", "--seeds", "1", "--only", "default", "--out", str(tmp_path), "--json", str(path)])
+    page, path = tmp_path / "codiff.md", tmp_path / "codiff.json"
+    page.write_text(PAGE)
+    ablations.main(["codiff", "--seeds", "1", "--only", "default", "--out", str(tmp_path), "--results", str(tmp_path)])
     path.write_text(path.read_text().replace("abc", "def"))
-    ablations.main(["codiff", "--write", "--json", str(path)])
+    pages.main(["--results", str(tmp_path)])
     assert "another commit (def)" in capsys.readouterr().err
     for text, says in (("{}", "not written by this version"), ("[", "not readable as JSON")):
         path.write_text(text)
         with pytest.raises(UserError, match=says):
-            ablations.main(["codiff", "--write", "--json", str(path)])
+            pages.main(["--results", str(tmp_path)])
     page.write_text("no comments")
     path.write_text("[]")
     with pytest.raises(UserError, match="comments"):
-        ablations.main(["codiff", "--write", "--json", str(path)])
+        pages.main(["--results", str(tmp_path)])
 
 
 @pytest.mark.parametrize("script", CHOICES)
 def test_pages_say_what_the_figures_do(script):
     path = HERE / f"{script}.json"
     if path.exists():
-        rows, page = json.loads(path.read_text()), path.with_suffix(".md").read_text()
-        assert ablations.text_of(script, rows) in page and ablations.expected(script, rows) in page
+        page = path.with_suffix(".md").read_text()
+        for name, text in pages.blocks(script, json.loads(path.read_text())).items():
+            assert f"<!-- {name} -->\n{text}\n<!-- end of {name} -->" in page

@@ -1,0 +1,275 @@
+"""The tables of the result pages, from the figures of ablations.py: data/results/SCRIPT.json.
+
+    python -m data.results.pages          # writes what stands between two comments, <!-- NAME --> and its end
+
+A test compares pages and figures."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import common
+from common import ROOT, UserError, note, read_json
+from data.files import atomic
+
+HERE, DEFAULT, SHIPS = Path(__file__).parent, "default", "shipped"
+
+
+@dataclass
+class Choice:
+    name: str  # of its runs' folders, and in the table
+    flags: str
+    where: str = ""  # in the paper
+
+
+@dataclass
+class Claim:
+    """That `better` beats `worse`, as the paper says and measures it; here by the column `metric`."""
+    says: str
+    better: str
+    worse: str
+    paper: str
+    metric: str = "PSNR"
+
+
+# of the tables: (condition, metric)
+QF_5 = [("JPEG QF 5", metric) for metric in ("PSNR", "PSNR-B", "SSIM", "detail", "grid Y")]
+TASKS = ("jpeg:5", "webp:5", "hevc:47", "vvc:47", "vvc:52", "avc:47")
+COLUMNS = {"codiff": [("JPEG QF 1", "PSNR"), *QF_5], "sodiff": [*QF_5, ("JPEG QF 10", "PSNR")],
+           "oscar": [(f"OSCAR {bpp}", metric) for bpp in ("0.0313", "0.1250")
+                     for metric in ("PSNR", "SSIM", "detail")],
+           "moe_diffir": [(task, "PSNR") for task in TASKS]}
+TABLE = [*QF_5, ("JPEG QF 5", "grid C"), *(("JPEG QF 10", metric) for metric in ("PSNR", "SSIM", "grid Y"))]
+
+CHOICES = {
+    "codiff": [
+        Choice(DEFAULT, "", "CaVE, dual learning, all losses"),
+        Choice("learnable", "--prompt learnable", "Table 3"), Choice("empty", "--prompt empty", "Table 3"),
+        Choice("explicit", "--learning explicit", "Table 4"),
+        Choice("implicit", "--learning implicit", "Table 4"),
+        Choice("l2", "--losses l2", "Table 5"), Choice("l2-dists", "--losses l2,dists", "Table 5"),
+        Choice("l2-gan", "--losses l2,gan", "Table 5")],
+    "sodiff": [
+        Choice(DEFAULT, "", "SAIPE, timestep predictor, all losses"),
+        Choice("no-align", "--lambda-align 0", "Table 2"),
+        Choice("fixed-t", "--timestep fixed", "Table 3"),
+        Choice("no-L_qf", "--beta 0", "Table 3"), Choice("no-L_EA", "--losses mse,gan", "Table 4"),
+        Choice("no-L_G", "--losses mse,ea", "Table 4")],
+    "oscar": [
+        Choice(DEFAULT, "", "alignment, measured mapping, all losses"),
+        Choice("no-alignment", "--no-alignment", "Fig. 7"),
+        Choice("random-t", "--mapping random", "Fig. 7"),
+        Choice("no-L_EA", "--losses mse,dists,gan", "Fig. 7"),
+        Choice("no-L_G", "--losses mse,ea,dists", "Fig. 7")],
+    "moe_diffir": [
+        Choice(DEFAULT, "", "MoE-Prompt, V2T, DP; N 7, K 3"),
+        Choice("none", "--prompt none --no-v2t --no-dp", "Table 2"),
+        Choice("single", "--prompt single --no-v2t --no-dp", "Table 2"),
+        Choice("multiple", "--prompt multiple --no-v2t --no-dp", "Table 2"),
+        Choice("moe", "--no-v2t --no-dp", "Tables 2 and 3"), Choice("moe-v2t", "--no-dp", "Table 3"),
+        Choice("moe-dp", "--no-v2t", "Table 3"), Choice("N1-K1", "--experts 1 --top-k 1", "Fig. 6"),
+        Choice("N14-K3", "--experts 14", "Fig. 6"), Choice("N7-K1", "--top-k 1", "Fig. 6"),
+        Choice("N7-K7", "--top-k 7", "Fig. 6")]}
+
+CLAIMS = {
+    "codiff": [
+        Claim("CaVE guides better than a learnable prompt", DEFAULT, "learnable", "LPIPS 0.3426, 0.3471"),
+        Claim("and better than none", DEFAULT, "empty", "LPIPS 0.3426, 0.3485"),
+        Claim("dual learning is better than explicit", DEFAULT, "explicit", "LPIPS 0.3426, 0.3733"),
+        Claim("and better than implicit", DEFAULT, "implicit", "LPIPS 0.3426, 0.3436"),
+        Claim("DISTS brings back what L2 blurs", "l2-dists", "l2", "LPIPS 0.2109, 0.3976", "detail"),
+        Claim("so does the GAN loss", "l2-gan", "l2", "LPIPS 0.3899, 0.3976", "detail"),
+        Claim("and it adds to DISTS", DEFAULT, "l2-dists", "DISTS 0.1147, 0.1229", "detail")],
+    "sodiff": [
+        Claim("alignment with text guides better", DEFAULT, "no-align", "DISTS 0.0862, 0.1261"),
+        Claim("a predicted timestep is better than a fixed one", DEFAULT, "fixed-t", "LPIPS 0.3124, 0.3779"),
+        Claim("learning QF helps it", DEFAULT, "no-L_qf", "LPIPS 0.3124, 0.3270"),
+        Claim("L_EA keeps edges", DEFAULT, "no-L_EA", "DISTS 0.1558, 0.2475", "detail"),
+        Claim("the GAN loss adds texture", DEFAULT, "no-L_G", "MUSIQ 69.6, 58.1", "detail")],
+    "oscar": [
+        Claim("aligned representations restore better", DEFAULT, "no-alignment", "Fig. 7, curves"),
+        Claim("a measured mapping is better than a random one", DEFAULT, "random-t", "Fig. 7, curves"),
+        Claim("L_EA-DISTS brings detail", DEFAULT, "no-L_EA", "Fig. 7, curves", "detail"),
+        Claim("so does the GAN loss", DEFAULT, "no-L_G", "Fig. 7, curves", "detail")],
+    "moe_diffir": [
+        Claim("prompts help", "moe", "none", "LIVE-1 29.02, 28.73 dB"),
+        Claim("many are better than a single one", "multiple", "single", "28.98, 28.86 dB"),
+        Claim("MoE-Prompt is better than their plain mixture", "moe", "multiple", "29.02, 28.98 dB"),
+        Claim("the prior DP raises fidelity", "moe-dp", "moe", "29.07, 29.02 dB"),
+        Claim("the adapter hardly changes it", "moe-v2t", "moe", "29.03, 29.02 dB"),
+        Claim("one expert cannot model all tasks", DEFAULT, "N1-K1", "Fig. 6, curves")]}
+
+# the choice that the page's second exercise tries, and what is expected: {condition: metrics}
+JPEG = {f"JPEG QF {qf}": ["PSNR", "SSIM", "detail"] for qf in (5, 10)}
+EXERCISE = {"codiff": ("l2", JPEG), "sodiff": ("fixed-t", JPEG),
+            "oscar": ("random-t", {f"OSCAR {bpp}": ["PSNR", "SSIM", "detail"]
+                                   for bpp in ("0.0098", "0.0313", "0.1250")}),
+            "moe_diffir": ("none", {"latent error": ["jpeg:5", "webp:5", "hevc:47", "vvc:47"]})}
+
+# ------------------------------------------------------------------------------------------- figures
+
+
+def commit(script: str) -> str:
+    """The last commit that touched what a training depends on; 'unknown' without git."""
+    files = [f"{script}.py", "common.py", "data/pictures.py", "data/files.py", "data/tiny-sd", "data/photos"]
+    command = ["git", "-C", ROOT, "log", "-1", "--format=%h", "--", *files]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or "unknown"
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def figures_of(path: Path) -> list[dict]:
+    """The rows of SCRIPT.json, one a run."""
+    rows, script = read_json(path), path.stem
+    keys = {"choice", "seed", "commit", "machine", "seconds", "bundled", "figures"}
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and keys <= r.keys() for r in rows):
+        raise UserError(f"{path}: not written by this version; move it away and run the ablations again")
+    if old := {r["commit"] for r in rows} - {commit(script)}:
+        note(f"{path}: runs of another commit ({', '.join(sorted(old))}); the code is at {commit(script)}")
+    return rows
+
+
+def values(rows: list[dict], choice: str, column: tuple[str, str], where: str = "figures") -> list[float]:
+    """A metric under a condition, of every seed of a choice; none if it has not been run."""
+    condition, metric = column
+    own = [r[where].get(condition, {}).get(metric) for r in rows if r["choice"] == choice]
+    return [v for v in own if v is not None]
+
+
+def differs(a: list[float], b: list[float]) -> bool | None:
+    """Whether the means of two choices are further apart than two standard errors; None with one seed."""
+    if min(len(a), len(b)) < 2:
+        return None
+    return abs(mean(a) - mean(b)) > 2 * (stdev(a) ** 2 / len(a) + stdev(b) ** 2 / len(b)) ** 0.5
+
+
+# -------------------------------------------------------------------------------------------- tables
+
+
+def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def decimals(metric: str) -> int:
+    return 2 if "PSNR" in metric or "grid" in metric else 4 if metric == "bpp" else 3
+
+
+def number(own: list[float], metric: str, default: list[float] | None = None) -> str:
+    """Mean and deviation; with `default` the difference to it, bold where seeds alone do not do that."""
+    if not own:
+        return "-"
+    n = decimals(metric)
+    text = f"{mean(own):.{n}f}" + (f" ± {stdev(own):.{n}f}" if len(own) > 1 and stdev(own) else "")
+    if not default:
+        return text
+    difference = f"{mean(own) - mean(default):+.{n}f}"
+    return f"{text} (**{difference}**)" if differs(own, default) else f"{text} ({difference})"
+
+
+def default_table(script: str, rows: list[dict]) -> str:
+    """The default run, and the weights that ship, between what a method must beat and what it can reach."""
+    columns = COLUMNS[script] if script == "moe_diffir" else TABLE
+    def line(label, choice, row=""):
+        cells = [number(values(rows, choice, (condition + row, m)), m) for condition, m in columns]
+        return [label, *cells]
+    if script == "oscar":
+        conditions = dict.fromkeys(c for r in rows for c, v in r["figures"].items() if "PSNR" in v)
+        metrics = ("bpp", "PSNR", "SSIM", "detail")
+        lines = [[c, *(number(values(rows, DEFAULT, (c, m)), m) for m in metrics),
+                  *(number(values(rows, SHIPS, (c, m)), m) for m in metrics[1:] if c.startswith("OSCAR"))]
+                 for c in conditions]
+        header = ["", "true bpp", *metrics[1:], *(f"shipped: {m}" for m in metrics[1:])]
+        table = markdown(header, (cells + [""] * (len(header) - len(cells)) for cells in lines))
+    else:
+        lines = [line("compressed", DEFAULT, ", compressed"),
+                 line("the same, blurred", DEFAULT, ", compressed, blurred"),
+                 line("VAE(compressed): the base alone", DEFAULT, ", VAE(compressed)"),
+                 line("**restored**, default run", DEFAULT), line("restored, weights that ship", SHIPS),
+                 line("VAE(original): the base's ceiling", DEFAULT, ", VAE(original)")]
+        table = markdown(["", *(f"{condition}: {m}" for condition, m in columns)], lines)
+    return f"{about(rows, (DEFAULT, SHIPS))}\n\n{table}"
+
+
+def about(rows: list[dict], choices: Iterable[str]) -> str:
+    own = [r for r in rows if r["choice"] in choices]
+    seeds, seconds = len({r["seed"] for r in own}), [r["seconds"] for r in own if r["seconds"]]
+    where = ", ".join([*sorted({r["machine"] for r in own}), *sorted({f"commit {r['commit']}" for r in own})])
+    text = f"{len(own)} runs, {seeds} seed{'s' * (seeds > 1)}; {where}"
+    return text + (f"; {mean(seconds) / 60:.0f} minutes a training, two side by side." if seconds else ".")
+
+
+def ablation_tables(script: str, rows: list[dict]) -> str:
+    """A row a choice, then what they say of the paper's claims."""
+    columns, done = COLUMNS[script], {r["choice"] for r in rows}
+    choices = [c for c in CHOICES[script] if c.name in done]
+    def line(choice):
+        own = [values(rows, choice.name, column) for column in columns]
+        default = [None if choice.name == DEFAULT else values(rows, DEFAULT, column) for column in columns]
+        flags = f"`{choice.flags}`" if choice.flags else "**default**"
+        return [f"{flags}: {choice.where}", *(number(v, c[1], d) for v, c, d in zip(own, columns, default))]
+    table = markdown(["", *(f"{condition}: {metric}" for condition, metric in columns)], map(line, choices))
+    condition = columns[-1 if script == "oscar" else 0][0]
+    claims = markdown(["the paper says", "its figures", f"here, {condition}", ""],
+                      (verdict(claim, rows, condition) for claim in CLAIMS[script]))
+    legend = ("Mean ± deviation over seeds (difference to the default; bold: over two standard errors). "
+              "*Detail*: luma's steps from pixel to pixel over the original's, 1 being as sharp.")
+    return f"{about(rows, done - {SHIPS})} {legend}\n\n{table}\n\n{claims}"
+
+
+def verdict(claim: Claim, rows: list[dict], condition: str) -> list[str]:
+    a, b = (values(rows, name, (condition, claim.metric)) for name in (claim.better, claim.worse))
+    if not a or not b:
+        return [claim.says, claim.paper, "-", "not run"]
+    apart, measured = differs(a, b), f"{claim.metric} {number(a, claim.metric)}, {number(b, claim.metric)}"
+    if apart is None:
+        said = "one seed: not known"
+    else:
+        said = "not told apart" if not apart else "**reproduced**" if mean(a) > mean(b) else "**reversed**"
+    return [claim.says, claim.paper, measured, said]
+
+
+def expected(script: str, rows: list[dict]) -> str:
+    """What the page's second exercise comes to: its choice and the default on the bundled photographs."""
+    choice, columns = EXERCISE[script]
+    def line(name, condition):
+        found = (number(values(rows, name, (condition, m), "bundled"), m) for m in columns[condition])
+        return [f"{name}: {condition}", *found]
+    table = markdown(["", *next(iter(columns.values()))],
+                     (line(name, condition) for condition in columns for name in (DEFAULT, choice)))
+    seeds = len({r["seed"] for r in rows if r["choice"] == choice})
+    return f"On the bundled photographs, mean ± deviation of {seeds} seeds:\n\n{table}"
+
+
+def blocks(script: str, rows: list[dict]) -> dict[str, str]:
+    return {"default": default_table(script, rows), "ablations": ablation_tables(script, rows),
+            "expected": expected(script, rows)}
+
+
+def write(path: Path) -> None:
+    """Puts the tables of SCRIPT.json into SCRIPT.md beside it."""
+    page = path.with_suffix(".md")
+    text = page.read_text()
+    for name, new in blocks(path.stem, figures_of(path)).items():
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        if begin not in text or end not in text:
+            raise UserError(f"{page}: the comments {name!r}, between which figures go, are missing")
+        head, rest = text.split(begin, 1)
+        text = head + begin + new + end + rest.split(end, 1)[1]
+    atomic(page, lambda tmp: tmp.write_text(text))
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = common.CommandLine("pages", description="the result pages' tables, from their figures")
+    p.add_argument("--results", type=Path, default=HERE, help="the folder of figures and pages")
+    for path in sorted(p.parse_args(argv).results.glob("*.json")):
+        write(path)
+
+
+if __name__ == "__main__":
+    common.run_cli(main)
