@@ -8,6 +8,7 @@ import functools
 import io
 import math
 import signal
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -167,8 +168,9 @@ class Crops(torch.utils.data.Dataset):
 
 
 def leave_ctrl_c_to_the_parent(worker: int) -> None:
-    """For a loader's processes, whose death by Ctrl-C would come first, with a traceback."""
+    """For a loader's processes, which Ctrl-C, or the parent's end by it, would end with a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None  # what goes wrong in a sample reaches the parent in another way
 
 
 # ---------------------------------------------------------------------------------------- tiles

@@ -301,7 +301,7 @@ def test_captions_are_utf8_with_or_without_bom_and_lines_end_where_they_end(tmp_
 def test_ctrl_c_with_loader_processes_ends_in_one_line(tmp_path):
     args = [sys.executable, str(ROOT / "codiff.py"), "train", "--stage", "1", "--out", str(tmp_path / "run"),
             "--s1-crop", "64", "--s1-batch", "2", "--s1-workers", "2", "--s1-save-every", "1"]
-    run = subprocess.Popen(args, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    run = subprocess.Popen(args, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # as in a terminal
     log = tmp_path / "run" / "log.jsonl"
     while run.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):

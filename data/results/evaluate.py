@@ -425,7 +425,7 @@ def evaluate_codec(script, args) -> None:
     results = {name: {k: mean([row[k] for row in rows]) for k in rows[0]}
                for name, rows in sums.items() if rows}
     nominal = {f"OSCAR {script.NAMES[r]}": script.BPP[r] for r in rates}
-    names = [n for n in metrics.names if n != "PSNR-B" and "grid" not in n]  # blocks of 8x8 are JPEG's
+    names = [n for n in metrics.names if n not in ("PSNR-B", "detail") and "grid" not in n]  # 8x8 is JPEG's
     print(f"\n{len(sums['VAE alone'])} images (padded and cropped; 8-bit; bits counted from the files)")
     print(text_table(["", "nominal bpp", "true bpp", *names],
                      [[name, nominal.get(name), row["bpp"], *(row[k] for k in names)]
