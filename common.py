@@ -403,7 +403,6 @@ class Run:
         where = f"{device().type} x {self.acc.num_processes}, precision {'float32' if float32 else precision}"
         self.acc.print(f"\nstage {stage} on {where}\n  {settings}")
         for name, m in modules.items():
-            m.to(memory_format=torch.channels_last)  # in which bf16 convolutions are fast
             every, some = (sum(p.numel() for p in m.parameters() if p.requires_grad or not only) / 1e6
                            for only in (False, True))
             self.acc.print(f"  {name:24s}{every:10.3f} M parameters, {some:9.3f} M trainable")
