@@ -258,7 +258,8 @@ def uninterrupted(run):
 
 
 def same_run(one, two):
-    assert (one / "log.jsonl").read_bytes() == (two / "log.jsonl").read_bytes()
+    for name in ("log.jsonl", "metrics.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
     for name in ("stage1.safetensors", "stage2.safetensors"):
         a, b = (load_tensors(folder / "model" / name)[0] for folder in (one, two))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
@@ -270,7 +271,7 @@ def lines(out):
     return log.read_text().count("\n") if log.exists() else 0
 
 
-def test_after_ctrl_c_resume_equals_the_uninterrupted_run_bit_for_bit(uninterrupted, tmp_path, val, monkeypatch, no_evaluation):
+def test_after_ctrl_c_resume_equals_the_uninterrupted_run_bit_for_bit(uninterrupted, tmp_path, val, monkeypatch):
     out, calls, real = tmp_path / "run", [], codiff.loss_G
     shutil.copytree(uninterrupted, out)
     (out / "last" / "stage2.safetensors").unlink()

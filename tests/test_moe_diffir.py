@@ -670,14 +670,14 @@ def test_tiles_keep_the_picture(trained):
 
 
 def same_run(one, two):
-    for name in ("log.jsonl", latents_of(one)):
+    for name in ("log.jsonl", "metrics.json", latents_of(one)):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     for name in ("stage1.safetensors", "stage2.safetensors"):
         a, b = (load_tensors(folder / "model" / name)[0] for folder in (one, two))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, val, monkeypatch, no_evaluation):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, val, monkeypatch):
     """Ctrl-C in the third step of both stages and between them, among the latents; resumed each time."""
     out, args = tmp_path / "run", train_args(tmp_path / "run", val)
     for name, third in (("loss_sd", 3), ("make_latents", 2), ("loss_decoder", 3)):

@@ -576,14 +576,14 @@ def test_a_picture_longer_than_a_file_can_say_is_named_and_the_others_done(run, 
 
 
 def same_run(one, two):
-    for name in ("log.jsonl", "model/mapping.json"):
+    for name in ("log.jsonl", "metrics.json", "model/mapping.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     for name in ("stage1.safetensors", "stage2.safetensors"):
         a, b = (load_tensors(folder / "model" / name)[0] for folder in (one, two))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, val, monkeypatch, no_evaluation):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, val, monkeypatch):
     """Stopped by Ctrl-C within both stages, resumed each time: codebooks, mapping and losses are the same."""
     out, args, real = tmp_path / "run", train_args(tmp_path / "run", val), oscar.update_codebook
     for stop in (("stage1", 3), ("stage2", 3)):

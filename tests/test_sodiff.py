@@ -556,13 +556,14 @@ def test_tiles_keep_the_picture(model):
 
 
 def same_run(one, two):
-    assert (one / "log.jsonl").read_bytes() == (two / "log.jsonl").read_bytes()
+    for name in ("log.jsonl", "metrics.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
     for name in ("stage1.safetensors", "stage2.safetensors"):
         a, b = (load_tensors(folder / "model" / name)[0] for folder in (one, two))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, val, monkeypatch, no_evaluation):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, val, monkeypatch):
     """Ctrl-C in the third step of both stages, after the second is saved; resumed each time."""
     out, args = tmp_path / "run", train_args(tmp_path / "run", val)
     for loss in ("loss_align", "loss_qf"):
