@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from common import UserError
+from common import ROOT, UserError
 from data.results import ablations, pages
 from data.results.pages import CHOICES, CLAIMS, COLUMNS, HERE, Claim, differs, verdict
 
@@ -62,7 +62,8 @@ def trainings(monkeypatch):
         (out / "config.json").touch()
         (out / "log.jsonl").write_text('{"right": 0.2}\n{"right": 0.7}\n')
         row = {name: 20.0 + (int(out.name[-1]) if "train" in command or "-" in out.name else 0) for _, name in COLUMNS["codiff"]} | {"DISTS": None}
-        results = {condition: {"compressed": row, "restored": row} for condition in ("JPEG QF 1", "JPEG QF 5", "JPEG QF 10")}
+        beside = {name: {"PSNR": psnr} for name, psnr in (("compressed", 18), ("compressed, blurred", 19), ("VAE(compressed)", 20), ("VAE(original)", 30))}
+        results = {condition: beside | {"restored": row} for condition in ("JPEG QF 1", "JPEG QF 5", "JPEG QF 10")}
         (out / "metrics.json").write_text(json.dumps({"results": results}))
         return SimpleNamespace(returncode=0)
     monkeypatch.setattr(ablations.subprocess, "run", run)
@@ -126,3 +127,16 @@ def test_pages_say_what_the_figures_do(script):
         page = path.with_suffix(".md").read_text()
         for name, text in pages.blocks(script, json.loads(path.read_text())).items():
             assert f"<!-- {name} -->\n{text}\n<!-- end of {name} -->" in page
+
+
+def test_the_readme_says_what_the_figures_do():
+    figures = {script: json.loads(path.read_text()) for script in CHOICES if (path := HERE / f"{script}.json").exists()}
+    if figures.keys() == CHOICES.keys():
+        assert f"<!-- results -->\n{pages.summary(figures)}\n<!-- end of results -->" in (ROOT / "README.md").read_text()
+
+
+def test_gains():
+    """JPEG 20 dB, blurred 21, VAE(JPEG) 22, VAE(original) 32; restored 24 and 26."""
+    rows = [{"choice": pages.DEFAULT, "figures": {"QF": {"PSNR": v}} | {f"QF, {name}": {"PSNR": x} for name, x in (
+        ("compressed", 20.0), ("compressed, blurred", 21.0), ("VAE(compressed)", 22.0), ("VAE(original)", 32.0))}} for v in (24.0, 26.0)]
+    assert pages.gains(rows, pages.DEFAULT, "QF") == ["+5.00 ± 1.41", "+4.00 ± 1.41", "30.0 %"]

@@ -29,7 +29,7 @@ from common import PHOTOS, ROOT, SHIPPED, UserError, note, read_json, write_json
 from data.results import pages
 from data.results.pages import CHOICES, HERE, SHIPS, commit
 
-EVAL = {"codiff": "--qf 1 5 10", "sodiff": "--qf 5 10", "oscar": "",
+EVAL = {"codiff": "--qf 1 5 10 20", "sodiff": "--qf 5 10", "oscar": "",
         "moe_diffir": "--codecs jpeg:5 webp:5 hevc:47 vvc:47 vvc:52 avc:47"}
 
 
@@ -87,6 +87,9 @@ def do(job: Job, folder: Path, data: list[str]) -> dict:
             "bundled": figures(read_json(folder / "metrics.json"))}
     run("eval", "--weights", str(folder), *measure)
     measured = figures(read_json(folder / "metrics.json")) | {"D": discriminator(folder / "log.jsonl")}
+    if (mapping := folder / "model" / "mapping.json").exists():  # OSCAR's
+        rates = {name: rate for name, rate in read_json(mapping).items() if name != "G_sim"}
+        measured |= {key: {name: rate[key] for name, rate in rates.items()} for key in ("cosine", "t")}
     return row | {"figures": measured}
 
 
@@ -105,8 +108,11 @@ def figures(metrics: dict) -> dict[str, dict[str, float]]:
         for row, values in rows.items():
             name = condition if row.startswith("restored") else f"{condition}, {row}"
             flat[name] = {k: round(v, 4) for k, v in values.items() if v is not None}
-    more = {"rank correlation": metrics.get("predictor", {}).get("rank correlation"),  # SODiff's
-            "latent error": metrics.get("latent_error")}  # MoE-DiffIR's
+    says, routes = metrics.get("predictor", {}), metrics.get("mutual_information")
+    more = {name: dict(zip(map(str, says["true QF"]), says[name])) if says else None
+            for name in ("predicted QF", "timestep")}  # SODiff's
+    more |= {"rank correlation": says.get("rank correlation"), "latent error": metrics.get("latent_error"),
+             "router": routes and {f"scale h / {2 ** i}": row["excess"] for i, row in enumerate(routes)}}
     return flat | {name: {k: round(v, 4) for k, v in rows.items()} for name, rows in more.items() if rows}
 
 
@@ -156,8 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     path = args.results / f"{args.script}.json"
     jobs = jobs_of(args.script, args.seeds, args.only, args.data, args.flags)
     failed = run_all(jobs, args.data, args.out, args.processes, path)
-    if path.exists():
-        pages.write(path)
+    pages.write(args.results)
     if failed:
         raise UserError(f"{len(failed)} of the runs failed: {'; '.join(failed)}")
 

@@ -103,6 +103,19 @@ CLAIMS = {
         Claim("the adapter brings detail", "moe-v2t", "moe", "LPIPS 0.1145, 0.1179", "detail"),
         Claim("one expert cannot model all tasks", DEFAULT, "N1-K1", "Fig. 6, curves")]}
 
+# more of what a default run measures: {title: {label: condition}}
+MORE = {"codiff": {}, "moe_diffir": {"": {"latent error, one step": "latent error"},
+                                     "what the router's choice tells of the codec": {"excess bits": "router"}},
+        "sodiff": {"true QF": {"predicted QF": "predicted QF", "timestep": "timestep"},
+                   "rank correlation with the true QF": {"": "rank correlation"}},
+        "oscar": {"bpp": {"F_sim(r)": "cosine", "t(r)": "t"}}}
+
+# of the README's table: parameters and MACs of the paper's size at 1024 x 1024, as `profile` counts them
+COST = {"codiff": "0.996 G, 9.46 T", "sodiff": "0.980 G, 8.94 T", "oscar": "0.977 G, 8.60 T",
+        "moe_diffir": "1.838 G, 12.5 T (1 step)"}
+TITLES = {"codiff": "CODiff", "sodiff": "SODiff", "oscar": "OSCAR", "moe_diffir": "MoE-DiffIR"}
+NAMED = {DEFAULT: "default run", SHIPS: "weights that ship"}
+
 # the choice that the page's second exercise tries, and what is expected: {condition: metrics}
 JPEG = {f"JPEG QF {qf}": ["PSNR", "SSIM", "detail"] for qf in (5, 10)}
 EXERCISE = {"codiff": ("l2", JPEG), "sodiff": ("fixed-t", JPEG),
@@ -157,7 +170,8 @@ def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def decimals(metric: str) -> int:
-    return 2 if "PSNR" in metric or "grid" in metric else 4 if metric == "bpp" else 3
+    digits = {"bpp": 4, "right": 2, "timestep": 1, "predicted QF": 1, "t": 0}
+    return 2 if "PSNR" in metric or "grid" in metric else digits.get(metric, 3)
 
 
 def number(own: list[float], metric: str, default: list[float] | None = None) -> str:
@@ -193,7 +207,61 @@ def default_table(script: str, rows: list[dict]) -> str:
                  line("**restored**, default run", DEFAULT), line("restored, weights that ship", SHIPS),
                  line("VAE(original): the base's ceiling", DEFAULT, ", VAE(original)")]
         table = markdown(["", *(f"{condition}: {m}" for condition, m in columns)], lines)
+        table += "\n\n" + gains_table(script, rows)
+    for title, conditions in MORE[script].items():
+        columns = next((r["figures"][c] for r in rows for c in conditions.values() if c in r["figures"]), {})
+        lines = ([label, *(number(values(rows, DEFAULT, (c, m)), c) for m in columns)]
+                 for label, c in conditions.items())
+        table += "\n\n" + markdown([title, *columns], lines)
+    if right := values(rows, DEFAULT, ("D", "right")):
+        table += (f"\n\nOver stage 2's second half the discriminator was right about {number(right, 'right')} "
+                  "of the latents; 0.5 would be chance.")
     return f"{about(rows, (DEFAULT, SHIPS))}\n\n{table}"
+
+
+def gains(rows: list[dict], choice: str, condition: str) -> list[str]:
+    """PSNR over the compressed picture and over it blurred; how much of the way from what the VAE makes of the
+    compressed picture to what it makes of the original restoring goes."""
+    beside = (", compressed", ", compressed, blurred", ", VAE(compressed)", ", VAE(original)")
+    jpeg, blurred, low, high = (mean(values(rows, DEFAULT, (condition + row, "PSNR"))) for row in beside)
+    own = values(rows, choice, (condition, "PSNR"))
+    closed = [100 * (v - low) / (high - low) for v in own]
+    return [signed([v - jpeg for v in own]), signed([v - blurred for v in own]), f"{mean(closed):.1f} %"]
+
+
+def signed(own: list[float]) -> str:
+    return f"{mean(own):+.2f}" + (f" ± {stdev(own):.2f}" if len(own) > 1 else "")
+
+
+def gains_table(script: str, rows: list[dict]) -> str:
+    conditions = TASKS if script == "moe_diffir" else dict.fromkeys(condition for condition, _ in TABLE)
+    lines = [[f"{condition}, {NAMED[choice]}", *gains(rows, choice, condition)]
+             for condition in conditions for choice in NAMED if values(rows, choice, (condition, "PSNR"))]
+    return markdown(["PSNR", "over the compressed", "over the same, blurred", "gap closed"], lines)
+
+
+def summary(figures: dict[str, list[dict]]) -> str:
+    """The README's table, a row a paper."""
+    def line(script, rows):
+        def psnr(choice, condition):
+            return number(values(rows, choice, (condition, "PSNR")), "PSNR")
+        here = f"[{TITLES[script]}](data/results/{script}.md)"
+        seconds = mean(r["seconds"] for r in rows if r["choice"] == DEFAULT and r["seconds"])
+        if script == "oscar":
+            conditions = [f"OSCAR {bpp}" for bpp in ("0.0313", "0.1250")]
+            what = "PSNR at 0.0313 and 0.1250 bpp"
+            made = [" and ".join(psnr(choice, c) for c in conditions) for choice in NAMED]
+            beside, closed = f"JPEG's lowest: {psnr(DEFAULT, 'JPEG, quality 1')}", "-"
+        else:
+            condition = "jpeg:5" if script == "moe_diffir" else "JPEG QF 5"
+            what, closed = "JPEG QF 5, PSNR", gains(rows, DEFAULT, condition)[-1]
+            made = [psnr(choice, condition) for choice in NAMED]
+            beside = (f"{psnr(DEFAULT, condition + ', compressed')}, "
+                      f"blurred {psnr(DEFAULT, condition + ', compressed, blurred')}")
+        return [here, what, beside, *made, closed, f"{seconds / 60:.0f} min", COST[script]]
+    header = ["", "", "before", "after `train`", "weights that ship", "gap closed", "training, one thread",
+              "parameters, MACs"]
+    return markdown(header, (line(script, rows) for script, rows in figures.items()))
 
 
 def about(rows: list[dict], choices: Iterable[str]) -> str:
@@ -201,7 +269,9 @@ def about(rows: list[dict], choices: Iterable[str]) -> str:
     seeds, seconds = len({r["seed"] for r in own}), [r["seconds"] for r in own if r["seconds"]]
     where = ", ".join([*sorted({r["machine"] for r in own}), *sorted({f"commit {r['commit']}" for r in own})])
     text = f"{len(own)} runs, {seeds} seed{'s' * (seeds > 1)}; {where}"
-    return text + (f"; {mean(seconds) / 60:.0f} minutes a training, two side by side." if seconds else ".")
+    if not seconds:
+        return f"{text}."
+    return f"{text}; {mean(seconds) / 60:.0f} minutes a training, {sum(seconds) / 3600:.1f} hours in all."
 
 
 def ablation_tables(script: str, rows: list[dict]) -> str:
@@ -251,11 +321,18 @@ def blocks(script: str, rows: list[dict]) -> dict[str, str]:
             "expected": expected(script, rows)}
 
 
-def write(path: Path) -> None:
-    """Puts the tables of SCRIPT.json into SCRIPT.md beside it."""
-    page = path.with_suffix(".md")
+def write(results: Path) -> None:
+    """Puts the tables of every SCRIPT.json into SCRIPT.md beside it; the README's once all four are there."""
+    figures = {script: figures_of(path) for script in CHOICES if (path := results / f"{script}.json").exists()}
+    for script, rows in figures.items():
+        put(results / f"{script}.md", blocks(script, rows))
+    if results == HERE and figures.keys() == CHOICES.keys():
+        put(ROOT / "README.md", {"results": summary(figures)})
+
+
+def put(page: Path, new_blocks: dict[str, str]) -> None:
     text = page.read_text()
-    for name, new in blocks(path.stem, figures_of(path)).items():
+    for name, new in new_blocks.items():
         begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
         if begin not in text or end not in text:
             raise UserError(f"{page}: the comments {name!r}, between which figures go, are missing")
@@ -267,8 +344,7 @@ def write(path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     p = common.CommandLine("pages", description="the result pages' tables, from their figures")
     p.add_argument("--results", type=Path, default=HERE, help="the folder of figures and pages")
-    for path in sorted(p.parse_args(argv).results.glob("*.json")):
-        write(path)
+    write(p.parse_args(argv).results)
 
 
 if __name__ == "__main__":
