@@ -162,7 +162,7 @@ def load_part(kind, base: str | Path, name: str, weights: bool = True):
 
 def read_model(weights: Path, script: str, stage: int = 2) -> tuple[dict[str, Tensor], dict]:
     """(tensors, header) of a stage's result, if this script made it."""
-    if weights == SHIPPED / script and stage == 2:
+    if weights.resolve() == SHIPPED / script and stage == 2:
         note(f"{in_repo(weights)}: the weights that ship with this program; {script}.py train makes others")
     path = weights / "model" / f"stage{stage}.safetensors"
     if not path.exists():

@@ -45,18 +45,19 @@ def test_verdicts():
 
 
 @pytest.fixture
-def trainings(monkeypatch):
+def trainings(monkeypatch, tmp_path):
     """The commands run, in the place of running them: a training takes its seed for its PSNR, `--losses l2` fails."""
     commands = []
 
-    def run(command, stdout=None, env=None, **_):
+    def run(command, env=None, **_):
         if command[0] == "git":
             return SimpleNamespace(stdout="abc\n")
         commands.append(command[2:])
         assert env["OMP_NUM_THREADS"] == "1"
         if "l2" in command:
-            stdout.write("no memory\n")
-            return SimpleNamespace(returncode=1)
+            return SimpleNamespace(returncode=1, stdout="no memory\n")
+        if command[2] in ("profile", "figures"):
+            return SimpleNamespace(returncode=0, stdout=f"{command[2]} says\nthis\n{tmp_path}/fig.png\n")
         out = Path(command[command.index("--out" if "train" in command else "--weights") + 1])
         out.mkdir(exist_ok=True)
         (out / "config.json").touch()
@@ -65,7 +66,7 @@ def trainings(monkeypatch):
         beside = {name: {"PSNR": psnr} for name, psnr in (("compressed", 18), ("compressed, blurred", 19), ("VAE(compressed)", 20), ("VAE(original)", 30))}
         results = {condition: beside | {"restored": row} for condition in ("JPEG QF 1", "JPEG QF 5", "JPEG QF 10")}
         (out / "metrics.json").write_text(json.dumps({"results": results}))
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(returncode=0, stdout="")
     monkeypatch.setattr(ablations.subprocess, "run", run)
     return commands
 
@@ -101,6 +102,17 @@ def test_the_weights_that_ship_are_measured_and_not_trained(trainings, tmp_path,
     ablations.main(["codiff", "--only", "shipped", "--out", str(tmp_path / "runs"), "--results", str(tmp_path)])
     assert [c[0] for c in trainings] == ["train", "eval", "eval"]
     assert "| restored, weights that ship | 20.00 |" in (tmp_path / "codiff.md").read_text()
+
+
+def test_what_commands_print_comes_onto_the_page(trainings, tmp_path):
+    (tmp_path / "codiff.md").write_text(PAGE + "".join(f"<!-- {name} -->\n\n<!-- end of {name} -->\n" for name in ("cost", "time", "figures")))
+    for only in ("default", "printed"):
+        ablations.main(["codiff", "--only", only, "--seeds", "1", "--out", str(tmp_path), "--results", str(tmp_path), "--data", str(tmp_path)])
+    text = (tmp_path / "codiff.md").read_text()
+    assert "```\nfigures says\nthis\n```" in text and "`python codiff.py profile --size 1024` (" in text and "20.00" in text
+    assert [c for c in trainings if c[0] == "figures"] == [["figures", f"--weights={tmp_path}/codiff/default-0", "--data", str(tmp_path),
+                                                             f"--against={tmp_path}/codiff/explicit-0"]]
+    assert str(tmp_path) not in text
 
 
 def test_figures_of_another_commit_or_version_are_named(trainings, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
     python -m data.results.ablations codiff --data GB82 CID22     # hours; stopped and begun again, it goes on
     python -m data.results.ablations codiff --only shipped --data GB82 CID22      # the weights that ship
+    python -m data.results.ablations codiff --only printed --data GB82 CID22      # profile and figures
 
 Every run is a default run but for its flags: `train`, whose table is of the bundled photographs, then `eval`
 of `--data`. One process of one thread a core. All figures go into data/results/codiff.json, from which
@@ -27,10 +28,14 @@ from tqdm import tqdm
 import common
 from common import PHOTOS, ROOT, SHIPPED, UserError, note, read_json, write_json
 from data.results import pages
-from data.results.pages import CHOICES, HERE, SHIPS, commit
+from data.results.pages import CHOICES, DEFAULT, HERE, PRINTED, SHIPS, commit
 
-EVAL = {"codiff": "--qf 1 5 10 20", "sodiff": "--qf 5 10", "oscar": "",
-        "moe_diffir": "--codecs jpeg:5 webp:5 hevc:47 vvc:47 vvc:52 avc:47"}
+# what is measured: of the default run and the weights that ship; of the other choices
+EVAL = {"codiff": ("--qf 1 5 10 20", "--qf 1 5"), "sodiff": ("--qf 5 10 20", "--qf 5"),
+        "oscar": ("", "--bpp 0.0313 0.1250"),
+        "moe_diffir": ("--codecs jpeg:5 webp:5 hevc:47 vvc:47 vvc:52 avc:47",
+                       "--codecs jpeg:5 webp:5 hevc:47 vvc:47")}
+AGAINST = {"codiff": "explicit", "sodiff": "no-align"}  # what `figures` draws beside the default run
 
 
 # ------------------------------------------------------------------------------------------- running
@@ -46,13 +51,17 @@ class Job:
 
 
 def jobs_of(script: str, seeds: int, only: list[str] | None, data: list[str], more: str) -> list[Job]:
-    names = [*(c.name for c in CHOICES[script]), SHIPS]
-    if unknown := [name for name in only or () if name not in names]:
+    names, only = [*(c.name for c in CHOICES[script]), SHIPS, "printed"], only or ()
+    if unknown := [name for name in only if name not in names]:
         raise UserError(f"--only {' '.join(unknown)}: choose from {', '.join(names)}")
-    measure = " ".join(["--data", *(Path(d).resolve().name for d in data), EVAL[script]]).strip()
-    jobs = [Job(script, c.name, seed, " ".join(f"--seed {seed} {c.flags} {more}".split()), measure)
+    named = " ".join(["--data", *(Path(d).resolve().name for d in data)])
+    whole, short = (f"{named} {measure}".strip() for measure in EVAL[script])
+    jobs = [Job(script, c.name, seed, " ".join(f"--seed {seed} {c.flags} {more}".split()),
+                whole if c.name == DEFAULT else short)
             for seed in range(seeds) for c in CHOICES[script] if not only or c.name in only]
-    return jobs + [Job(script, SHIPS, 0, "", measure)] * (SHIPS in (only or ()))
+    jobs += [Job(script, SHIPS, 0, "", whole)] * (SHIPS in only)
+    return jobs + [Job(script, name, 0, "", command) for name, command in PRINTED[script].items()
+                   if "printed" in only]
 
 
 def machine() -> str:
@@ -62,21 +71,31 @@ def machine() -> str:
 
 
 def do(job: Job, folder: Path, data: list[str]) -> dict:
-    """Trains and measures; a row of the json. What a kill left is gone on with. Of the weights that ship only
-    measures."""
+    """Trains and measures; a row of the json. What a kill left is gone on with. The weights that ship are
+    only measured; of `profile` and `figures` is kept what they print."""
     log, begin = folder.parent / f"{folder.name}.log", time.time()
     script, env = str(ROOT / f"{job.script}.py"), os.environ | {"OMP_NUM_THREADS": "1"}
 
-    def run(*argv: str) -> None:
+    def run(*argv: str) -> str:
         with open(log, "a") as out:
-            code = subprocess.run([sys.executable, script, *argv], stdout=out, stderr=out, env=env).returncode
-        if code:
+            command = [sys.executable, script, *argv]
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=out, env=env, text=True)
+            out.write(done.stdout)
+        if done.returncode:
             last = log.read_text(errors="replace").replace("\r", "\n").strip().splitlines()[-1:]
             raise UserError(f"{job.choice}, seed {job.seed}: {''.join(last)} (see {log})")
+        return done.stdout
     folder.parent.mkdir(parents=True, exist_ok=True)
     row = asdict(job) | {"command": f"python {job.script}.py eval {job.eval}", "commit": commit(job.script),
                          "machine": machine(), "seconds": None, "bundled": {}}
-    measure = "--data", *data, *EVAL[job.script].split()
+    measure = "--data", *data, *EVAL[job.script][job.choice not in (DEFAULT, SHIPS)].split()
+    if job.choice in PRINTED[job.script]:
+        of = [f"--weights={folder.parent / DEFAULT}-0", "--data", *data] if job.eval == "figures" else []
+        if of and (other := AGAINST.get(job.script)):
+            of.append(f"--against={folder.parent / other}-0")
+        lines = run(*job.eval.split(), *of).strip().splitlines()
+        text = "\n".join(line for line in lines if not line.endswith(".png"))
+        return row | {"command": f"python {job.script}.py {job.eval}", "figures": {}, "printed": text}
     if job.choice == SHIPS:
         run("eval", "--weights", str(SHIPPED / job.script), *measure)
         return row | {"figures": figures(read_json(ROOT / "runs" / f"{job.script}-shipped" / "metrics.json"))}

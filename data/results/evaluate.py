@@ -589,7 +589,7 @@ def print_routing(picks: list[tuple[str, str, list[Tensor]]]) -> list[dict[str, 
 
 def results_of(args) -> Path:
     """The run's folder; of the weights that ship, one of their own beside the runs."""
-    shipped = args.weights.parent == SHIPPED
+    shipped = args.weights.resolve().parent == SHIPPED
     return ROOT / "runs" / f"{args.weights.name}-shipped" if shipped else args.weights
 
 

@@ -39,10 +39,10 @@ class Claim:
 # of the tables: (condition, metric)
 QF_5 = [("JPEG QF 5", metric) for metric in ("PSNR", "PSNR-B", "SSIM", "detail", "grid Y")]
 TASKS = ("jpeg:5", "webp:5", "hevc:47", "vvc:47", "vvc:52", "avc:47")
-COLUMNS = {"codiff": [("JPEG QF 1", "PSNR"), *QF_5], "sodiff": [*QF_5, ("JPEG QF 10", "PSNR")],
+COLUMNS = {"codiff": [("JPEG QF 1", "PSNR"), *QF_5], "sodiff": QF_5,
            "oscar": [(f"OSCAR {bpp}", metric) for bpp in ("0.0313", "0.1250")
                      for metric in ("PSNR", "SSIM", "detail")],
-           "moe_diffir": [(task, "PSNR") for task in TASKS]}
+           "moe_diffir": [(task, "PSNR") for task in TASKS[:4]]}
 TABLE = [*QF_5, ("JPEG QF 5", "grid C"), *(("JPEG QF 10", metric) for metric in ("PSNR", "SSIM", "grid Y"))]
 
 CHOICES = {
@@ -103,9 +103,16 @@ CLAIMS = {
         Claim("the adapter brings detail", "moe-v2t", "moe", "LPIPS 0.1145, 0.1179", "detail"),
         Claim("one expert cannot model all tasks", DEFAULT, "N1-K1", "Fig. 6, curves")]}
 
+# commands whose words stand on the page: {name of the block: command}
+PRINTED = {script: {"cost": f"profile --paper --size {size} --no-time", "time": f"profile --size {size}"}
+           for script, size in (("codiff", "1024"), ("sodiff", "1024"), ("oscar", "768x512"),
+                                ("moe_diffir", "1024"))}
+PRINTED["codiff"]["figures"] = PRINTED["oscar"]["figures"] = "figures"
+
 # more of what a default run measures: {title: {label: condition}}
-MORE = {"codiff": {}, "moe_diffir": {"": {"latent error, one step": "latent error"},
-                                     "what the router's choice tells of the codec": {"excess bits": "router"}},
+MORE = {"codiff": {},
+        "moe_diffir": {"": {"latent error, one step": "latent error"},
+                       "what the router's choice tells of the codec": {"excess bits": "router"}},
         "sodiff": {"true QF": {"predicted QF": "predicted QF", "timestep": "timestep"},
                    "rank correlation with the true QF": {"": "rank correlation"}},
         "oscar": {"bpp": {"F_sim(r)": "cosine", "t(r)": "t"}}}
@@ -188,7 +195,7 @@ def number(own: list[float], metric: str, default: list[float] | None = None) ->
 
 def default_table(script: str, rows: list[dict]) -> str:
     """The default run, and the weights that ship, between what a method must beat and what it can reach."""
-    columns = COLUMNS[script] if script == "moe_diffir" else TABLE
+    columns = [(task, "PSNR") for task in TASKS] if script == "moe_diffir" else TABLE
     def line(label, choice, row=""):
         cells = [number(values(rows, choice, (condition + row, m)), m) for condition, m in columns]
         return [label, *cells]
@@ -214,14 +221,14 @@ def default_table(script: str, rows: list[dict]) -> str:
                  for label, c in conditions.items())
         table += "\n\n" + markdown([title, *columns], lines)
     if right := values(rows, DEFAULT, ("D", "right")):
-        table += (f"\n\nOver stage 2's second half the discriminator was right about {number(right, 'right')} "
-                  "of the latents; 0.5 would be chance.")
+        table += (f"\n\nOver stage 2's second half the discriminator was right about "
+                  f"{number(right, 'right')} of the latents; 0.5 would be chance.")
     return f"{about(rows, (DEFAULT, SHIPS))}\n\n{table}"
 
 
 def gains(rows: list[dict], choice: str, condition: str) -> list[str]:
-    """PSNR over the compressed picture and over it blurred; how much of the way from what the VAE makes of the
-    compressed picture to what it makes of the original restoring goes."""
+    """PSNR over the compressed picture and over it blurred; how much of the way from what the VAE makes of
+    the compressed picture to what it makes of the original restoring goes."""
     beside = (", compressed", ", compressed, blurred", ", VAE(compressed)", ", VAE(original)")
     jpeg, blurred, low, high = (mean(values(rows, DEFAULT, (condition + row, "PSNR"))) for row in beside)
     own = values(rows, choice, (condition, "PSNR"))
@@ -317,13 +324,18 @@ def expected(script: str, rows: list[dict]) -> str:
 
 
 def blocks(script: str, rows: list[dict]) -> dict[str, str]:
-    return {"default": default_table(script, rows), "ablations": ablation_tables(script, rows),
-            "expected": expected(script, rows)}
+    printed = [r for r in rows if "printed" in r]
+    said = {r["choice"]: f"`{r['command']}` ({r['machine']}, commit {r['commit']}):\n\n"
+                         f"```\n{r['printed']}\n```" for r in printed}
+    trained = [r for r in rows if r not in printed]
+    return said | {"default": default_table(script, trained), "ablations": ablation_tables(script, trained),
+                   "expected": expected(script, trained)}
 
 
 def write(results: Path) -> None:
     """Puts the tables of every SCRIPT.json into SCRIPT.md beside it; the README's once all four are there."""
-    figures = {script: figures_of(path) for script in CHOICES if (path := results / f"{script}.json").exists()}
+    paths = {script: results / f"{script}.json" for script in CHOICES}
+    figures = {script: figures_of(path) for script, path in paths.items() if path.exists()}
     for script, rows in figures.items():
         put(results / f"{script}.md", blocks(script, rows))
     if results == HERE and figures.keys() == CHOICES.keys():
