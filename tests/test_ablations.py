@@ -152,3 +152,4 @@ def test_gains():
     rows = [{"choice": pages.DEFAULT, "figures": {"QF": {"PSNR": v}} | {f"QF, {name}": {"PSNR": x} for name, x in (
         ("compressed", 20.0), ("compressed, blurred", 21.0), ("VAE(compressed)", 22.0), ("VAE(original)", 32.0))}} for v in (24.0, 26.0)]
     assert pages.gains(rows, pages.DEFAULT, "QF") == ["+5.00 ± 1.41", "+4.00 ± 1.41", "30.0 %"]
+    assert pages.gains(rows, pages.SHIPS, "QF") == ["-"] * 3

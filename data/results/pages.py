@@ -230,8 +230,10 @@ def gains(rows: list[dict], choice: str, condition: str) -> list[str]:
     """PSNR over the compressed picture and over it blurred; how much of the way from what the VAE makes of
     the compressed picture to what it makes of the original restoring goes."""
     beside = (", compressed", ", compressed, blurred", ", VAE(compressed)", ", VAE(original)")
-    jpeg, blurred, low, high = (mean(values(rows, DEFAULT, (condition + row, "PSNR"))) for row in beside)
     own = values(rows, choice, (condition, "PSNR"))
+    if not own:
+        return ["-"] * 3
+    jpeg, blurred, low, high = (mean(values(rows, choice, (condition + row, "PSNR"))) for row in beside)
     closed = [100 * (v - low) / (high - low) for v in own]
     return [signed([v - jpeg for v in own]), signed([v - blurred for v in own]), f"{mean(closed):.1f} %"]
 
@@ -253,7 +255,8 @@ def summary(figures: dict[str, list[dict]]) -> str:
         def psnr(choice, condition):
             return number(values(rows, choice, (condition, "PSNR")), "PSNR")
         here = f"[{TITLES[script]}](data/results/{script}.md)"
-        seconds = mean(r["seconds"] for r in rows if r["choice"] == DEFAULT and r["seconds"])
+        seconds = [r["seconds"] for r in rows if r["choice"] == DEFAULT and r["seconds"]]
+        minutes = f"{mean(seconds) / 60:.0f} min" if seconds else "-"
         if script == "oscar":
             conditions = [f"OSCAR {bpp}" for bpp in ("0.0313", "0.1250")]
             what = "PSNR at 0.0313 and 0.1250 bpp"
@@ -265,7 +268,7 @@ def summary(figures: dict[str, list[dict]]) -> str:
             made = [psnr(choice, condition) for choice in NAMED]
             beside = (f"{psnr(DEFAULT, condition + ', compressed')}, "
                       f"blurred {psnr(DEFAULT, condition + ', compressed, blurred')}")
-        return [here, what, beside, *made, closed, f"{seconds / 60:.0f} min", COST[script]]
+        return [here, what, beside, *made, closed, minutes, COST[script]]
     header = ["", "", "before", "after `train`", "weights that ship", "gap closed", "training, one thread",
               "parameters, MACs"]
     return markdown(header, (line(script, rows) for script, rows in figures.items()))
