@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import socket
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what the tests compare bit for bit is so on CPUs alone
+
 import pytest
 import torch
 
