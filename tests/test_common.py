@@ -383,8 +383,8 @@ def test_the_weights_that_ship_serve_where_there_is_no_run(tmp_path, monkeypatch
         common.model_flags(p, "codiff")
         return p.parse_args([]).weights
     monkeypatch.setattr(common, "ROOT", tmp_path)
-    assert default() == tmp_path / "runs" / "codiff"
     monkeypatch.setattr(common, "SHIPPED", tmp_path / "weights")
+    assert default() == tmp_path / "runs" / "codiff"
     (tmp_path / "weights" / "codiff").mkdir(parents=True)
     assert default() == tmp_path / "weights" / "codiff"
     (tmp_path / "runs" / "codiff" / "model").mkdir(parents=True)
