@@ -571,8 +571,8 @@ def test_bad_input(run, tmp_path, monkeypatch, args, says):
     assert says.format(**names) in message and "\n" not in message
 
 
-@pytest.mark.parametrize("args", [["train", "--s1-lr", "fast"], ["sharpen"], ["train", "--no-such-flag"], ["eval", "--data", "nowhere"], ["profile", "--size", "0"], ["profile", "--size", "0x9"]])
-def test_an_error_is_one_line_and_exit_code_2(args, capsys):
+@pytest.mark.parametrize("args", [["train", "--s1-lr", "fast"], ["sharpen"], ["train", "--no-such-flag"], ["eval", "--data", "nowhere", "--weights", "{run}"], ["profile", "--size", "0"], ["profile", "--size", "0x9"]])
+def test_an_error_is_one_line_and_exit_code_2(run, args, capsys):
     with pytest.raises(SystemExit) as end:
-        run_cli(lambda: codiff.main(args))
+        run_cli(lambda: codiff.main([a.format(run=run[0]) for a in args]))
     assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
