@@ -10,10 +10,13 @@ import socket
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what the tests compare bit for bit is so on CPUs alone
 
+import lpips
 import pytest
 import torch
 
 import common
+
+del lpips.LPIPS  # with a network or without: LPIPS and DISTS show as '-' here
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # two workers share two cores
@@ -32,6 +35,16 @@ def no_evaluation(monkeypatch):
     monkeypatch.setattr(common.Run, "evaluate", lambda *_: None)
 
 
+def same_run(one, two, *more: str) -> None:
+    """Folders of two runs hold the same losses, weights and other files, and nothing half written."""
+    for name in ("log.jsonl", *more):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    for name in ("stage1.safetensors", "stage2.safetensors"):
+        a, b = (common.load_tensors(folder / "model" / name)[0] for folder in (one, two))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+    assert not [p for p in one.rglob(".*") if p.is_file()]
+
+
 def child_processes():
     """Their server imports what they need once, for all of this file's and test_codiff.py's."""
     processes = multiprocessing.get_context("forkserver")
@@ -40,8 +53,9 @@ def child_processes():
 
 
 def as_here(main, args: list[str], threads: int) -> None:
-    """Runs main(args) in a child process; only with the parent's number of threads are sums the same bit for bit."""
+    """Trains by main(args) in a child process; only with the parent's number of threads are sums the same bit for bit."""
     torch.set_num_threads(threads)
+    common.Run.evaluate = lambda *_: None
     main(args)
 
 

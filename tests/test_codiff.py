@@ -21,7 +21,7 @@ import codiff
 from codiff import CODiff, CaVE, JPEGPairs, Stage1, Stage2
 from common import (ROOT, TINY_SD, Discriminator, UserError, dists_small, frozen, load_tensors, read_image, rng,
                     run_cli, save_tensors, text_tokens)
-from conftest import as_here, child_processes, said_by
+from conftest import as_here, child_processes, said_by, same_run
 from data import convert, files
 from data.pictures import starts
 from data.results import complexity
@@ -257,15 +257,6 @@ def uninterrupted(run):
     return run[0]
 
 
-def same_run(one, two):
-    for name in ("log.jsonl", "metrics.json"):
-        assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    for name in ("stage1.safetensors", "stage2.safetensors"):
-        a, b = (load_tensors(folder / "model" / name)[0] for folder in (one, two))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
-    assert not [p for p in one.rglob(".*") if p.is_file()]
-
-
 def lines(out):
     log = out / "log.jsonl"
     return log.read_text().count("\n") if log.exists() else 0
@@ -291,10 +282,10 @@ def test_after_ctrl_c_resume_equals_the_uninterrupted_run_bit_for_bit(uninterrup
         log.write('{"stage": 2, "st')
     monkeypatch.setattr(codiff, "loss_G", real)
     codiff.main([*train_args(out, val), "--resume"])
-    same_run(out, uninterrupted)
+    same_run(out, uninterrupted, "metrics.json")
 
 
-def test_killed_at_twelve_moments_and_resumed_each_time_it_equals_the_uninterrupted_run(uninterrupted, tmp_path, val):
+def test_killed_at_twelve_moments_and_resumed_each_time_it_equals_the_uninterrupted_run(uninterrupted, tmp_path, val, no_evaluation):
     """SIGKILL once the log has grown by 0 or 1 lines, after a further random delay: in the middle of a step, of a
     checkpoint, of loading. Every session resumes the one before; all losses must be the uninterrupted run's."""
     r, kills, runs = rng(20), 0, [tmp_path / "run0"]
