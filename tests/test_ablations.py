@@ -38,7 +38,7 @@ def test_verdicts():
     def said(better, worse):
         rows = [{"choice": name, "figures": {"QF": {"PSNR": v}}} for name, vs in (("a", better), ("b", worse)) for v in vs]
         return verdict(Claim("a is better", "a", "b", ""), rows, "QF")[2:]
-    assert said([3, 3.1], [2, 2.1]) == ["PSNR 3.05 ± 0.07, 2.05 ± 0.07", "**reproduced**"]
+    assert said([3, 3.1], [2, 2.1]) == ["QF: PSNR 3.05 ± 0.07, 2.05 ± 0.07", "**reproduced**"]
     assert said([2, 2.1], [3, 3.1])[1] == "**reversed**"
     assert said([2, 4], [1, 3])[1] == "not told apart"
     assert said([2], [1])[1] == "one seed: not known" and said([], [1])[1] == "not run"
