@@ -36,8 +36,8 @@ def no_evaluation(monkeypatch):
 
 
 def same_run(one, two, *more: str) -> None:
-    """Folders of two runs hold the same losses, weights and other files, and nothing half written."""
-    for name in ("log.jsonl", *more):
+    """Folders of two runs hold the same losses, figures, weights and other files, and nothing half written."""
+    for name in ("log.jsonl", "metrics.json", *more):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     for name in ("stage1.safetensors", "stage2.safetensors"):
         a, b = (common.load_tensors(folder / "model" / name)[0] for folder in (one, two))
@@ -53,9 +53,8 @@ def child_processes():
 
 
 def as_here(main, args: list[str], threads: int) -> None:
-    """Trains by main(args) in a child process; only with the parent's number of threads are sums the same bit for bit."""
+    """Runs main(args) in a child process; only with the parent's number of threads are sums the same bit for bit."""
     torch.set_num_threads(threads)
-    common.Run.evaluate = lambda *_: None
     main(args)
 
 

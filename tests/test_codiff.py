@@ -282,10 +282,10 @@ def test_after_ctrl_c_resume_equals_the_uninterrupted_run_bit_for_bit(uninterrup
         log.write('{"stage": 2, "st')
     monkeypatch.setattr(codiff, "loss_G", real)
     codiff.main([*train_args(out, val), "--resume"])
-    same_run(out, uninterrupted, "metrics.json")
+    same_run(out, uninterrupted)
 
 
-def test_killed_at_twelve_moments_and_resumed_each_time_it_equals_the_uninterrupted_run(uninterrupted, tmp_path, val, no_evaluation):
+def test_killed_at_twelve_moments_and_resumed_each_time_it_equals_the_uninterrupted_run(uninterrupted, tmp_path, val):
     """SIGKILL once the log has grown by 0 or 1 lines, after a further random delay: in the middle of a step, of a
     checkpoint, of loading. Every session resumes the one before; all losses must be the uninterrupted run's."""
     r, kills, runs = rng(20), 0, [tmp_path / "run0"]

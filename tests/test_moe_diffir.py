@@ -669,7 +669,7 @@ def test_tiles_keep_the_picture(trained):
     assert all((a - b).abs().max() < 0.2 for a, b in zip(gates, tiled_gates)) and hooks(trained) == 0
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, val, monkeypatch, no_evaluation):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, val, monkeypatch):
     """Ctrl-C in the third step of both stages and between them, among the latents; resumed each time."""
     out, args = tmp_path / "run", train_args(tmp_path / "run", val)
     for name, third in (("loss_sd", 3), ("make_latents", 2), ("loss_decoder", 3)):

@@ -575,7 +575,7 @@ def test_a_picture_longer_than_a_file_can_say_is_named_and_the_others_done(run, 
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["short.oscar"]
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, val, monkeypatch, no_evaluation):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, val, monkeypatch):
     """Stopped by Ctrl-C within both stages, resumed each time: codebooks, mapping and losses are the same."""
     out, args, real = tmp_path / "run", train_args(tmp_path / "run", val), oscar.update_codebook
     for stop in (("stage1", 3), ("stage2", 3)):

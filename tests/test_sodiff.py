@@ -555,7 +555,7 @@ def test_tiles_keep_the_picture(model):
     assert abs(tau - tau_tiled) < 20
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, val, monkeypatch, no_evaluation):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, val, monkeypatch):
     """Ctrl-C in the third step of both stages, after the second is saved; resumed each time."""
     out, args = tmp_path / "run", train_args(tmp_path / "run", val)
     for loss in ("loss_align", "loss_qf"):
