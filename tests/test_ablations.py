@@ -92,6 +92,21 @@ def test_every_run_is_done_once_and_one_that_fails_is_named(trainings, tmp_path)
         ablations.main(["codiff", "--only", "nothing"])
 
 
+def test_what_changes_stage_2_alone_goes_on_from_the_defaults_stage_1(trainings, tmp_path):
+    """(Should its flags reach stage 1 after all, the run refuses them: --resume: stage1... was ...)"""
+    (tmp_path / "codiff.md").write_text(PAGE)
+    default = tmp_path / "codiff" / "default-0"
+    (default / "last").mkdir(parents=True)
+    for name in ("config.json", "metrics.json", "last/stage1.safetensors", "last/stage2.safetensors"):
+        (default / name).write_text("{}")
+    ablations.main(["codiff", "--only", "l2-gan", "empty", "--seeds", "1", "--out", str(tmp_path), "--results", str(tmp_path)])
+    resumed = {c[2][len(str(tmp_path)):]: "--resume" in c for c in trainings if c[0] == "train"}
+    assert resumed == {"/codiff/l2-gan-0": True, "/codiff/empty-0": False}
+    assert [p.name for p in (tmp_path / "codiff" / "l2-gan-0" / "last").iterdir()] == ["stage1.safetensors"]
+    assert not (tmp_path / "codiff" / "empty-0" / "last").exists()
+    assert all(r["seconds"] is not None for r in json.loads((tmp_path / "codiff.json").read_text()))
+
+
 def test_the_weights_that_ship_are_measured_and_not_trained(trainings, tmp_path, monkeypatch):
     (tmp_path / "codiff.md").write_text(PAGE)
     monkeypatch.setattr(ablations, "ROOT", tmp_path)

@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 import common
 from common import PHOTOS, ROOT, SHIPPED, UserError, note, read_json, write_json
+from data.files import atomic
 from data.results import pages
 from data.results.pages import CHOICES, DEFAULT, HERE, PRINTED, SHIPS, commit
 
@@ -100,7 +102,8 @@ def do(job: Job, folder: Path, data: list[str]) -> dict:
         run("eval", "--weights", str(SHIPPED / job.script), *measure)
         return row | {"figures": figures(read_json(ROOT / "runs" / f"{job.script}-shipped" / "metrics.json"))}
     resumed = (folder / "config.json").exists()
-    run("train", "--out", str(folder), *shlex.split(job.train), *(["--resume"] if resumed else []))
+    shared = not resumed and begin_with_stage_1_of_the_default(job, folder)
+    run("train", "--out", str(folder), *shlex.split(job.train), *(["--resume"] if resumed or shared else []))
     row |= {"command": f"python {job.script}.py train {job.train}",
             "seconds": None if resumed else round(time.time() - begin),
             "bundled": figures(read_json(folder / "metrics.json"))}
@@ -110,6 +113,17 @@ def do(job: Job, folder: Path, data: list[str]) -> dict:
         rates = {name: rate for name, rate in read_json(mapping).items() if name != "G_sim"}
         measured |= {key: {name: rate[key] for name, rate in rates.items()} for key in ("cosine", "t")}
     return row | {"figures": measured}
+
+
+def begin_with_stage_1_of_the_default(job: Job, folder: Path) -> bool:
+    """Where a choice changes stage 2 alone, stage 1 is the default's, bit for bit: it is not trained again."""
+    default, choice = folder.with_name(f"{DEFAULT}-{job.seed}"), job.choice
+    there = (default / "last" / "stage1.safetensors").exists()
+    if not there or next(c.stage for c in CHOICES[job.script] if c.name == choice) == 1:
+        return False
+    others = shutil.ignore_patterns("stage2*", "metrics.json", "samples")
+    atomic(folder, lambda tmp: shutil.copytree(default, tmp, ignore=others))
+    return True
 
 
 def discriminator(log: Path) -> dict[str, float]:

@@ -24,6 +24,7 @@ class Choice:
     name: str  # of its runs' folders, and in the table
     flags: str
     where: str = ""  # in the paper
+    stage: int = 1  # the first that they change
 
 
 @dataclass
@@ -53,20 +54,20 @@ CHOICES = {
         Choice("learnable", "--prompt learnable", "Table 3"), Choice("empty", "--prompt empty", "Table 3"),
         Choice("explicit", "--learning explicit", "Table 4"),
         Choice("implicit", "--learning implicit", "Table 4"),
-        Choice("l2", "--losses l2", "Table 5"), Choice("l2-dists", "--losses l2,dists", "Table 5"),
-        Choice("l2-gan", "--losses l2,gan", "Table 5")],
+        Choice("l2", "--losses l2", "Table 5", 2), Choice("l2-dists", "--losses l2,dists", "Table 5", 2),
+        Choice("l2-gan", "--losses l2,gan", "Table 5", 2)],
     "sodiff": [
         Choice(DEFAULT, "", "SAIPE, timestep predictor, all losses"),
         Choice("no-align", "--lambda-align 0", "Table 2"),
-        Choice("fixed-t", "--timestep fixed", "Table 3"),
-        Choice("no-L_qf", "--beta 0", "Table 3"), Choice("no-L_EA", "--losses mse,gan", "Table 4"),
-        Choice("no-L_G", "--losses mse,ea", "Table 4")],
+        Choice("fixed-t", "--timestep fixed", "Table 3", 2),
+        Choice("no-L_qf", "--beta 0", "Table 3", 2), Choice("no-L_EA", "--losses mse,gan", "Table 4", 2),
+        Choice("no-L_G", "--losses mse,ea", "Table 4", 2)],
     "oscar": [
         Choice(DEFAULT, "", "alignment, measured mapping, all losses"),
         Choice("no-alignment", "--no-alignment", "Fig. 7"),
-        Choice("random-t", "--mapping random", "Fig. 7"),
-        Choice("no-L_EA", "--losses mse,dists,gan", "Fig. 7"),
-        Choice("no-L_G", "--losses mse,ea,dists", "Fig. 7")],
+        Choice("random-t", "--mapping random", "Fig. 7", 2),
+        Choice("no-L_EA", "--losses mse,dists,gan", "Fig. 7", 2),
+        Choice("no-L_G", "--losses mse,ea,dists", "Fig. 7", 2)],
     "moe_diffir": [
         Choice(DEFAULT, "", "MoE-Prompt, V2T, DP; N 7, K 3"),
         Choice("none", "--prompt none --no-v2t --no-dp", "Table 2"),
