@@ -162,6 +162,14 @@ def test_the_readme_says_what_the_figures_do():
         assert f"<!-- results -->\n{pages.summary(figures)}\n<!-- end of results -->" in (ROOT / "README.md").read_text()
 
 
+def test_what_else_a_default_run_measures_stands_beside_the_weights_that_ship():
+    rows = [{"choice": choice, "seed": seed, "commit": "", "machine": "", "seconds": None, "bundled": {}, "figures": {"rank correlation": {"tau": tau}}}
+            for choice, seed, tau in ((pages.DEFAULT, 0, -0.5), (pages.DEFAULT, 1, -0.7), (pages.SHIPS, 0, -0.9))]
+    table = pages.default_table("sodiff", rows)
+    assert "| rank correlation with the true QF | tau |" in table and "predicted QF" not in table
+    assert "| default run | -0.600 ± 0.141 |\n| weights that ship | -0.900 |" in table
+
+
 def test_gains():
     """JPEG 20 dB, blurred 21, VAE(JPEG) 22, VAE(original) 32; restored 24 and 26."""
     rows = [{"choice": pages.DEFAULT, "figures": {"QF": {"PSNR": v}} | {f"QF, {name}": {"PSNR": x} for name, x in (

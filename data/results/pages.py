@@ -222,8 +222,10 @@ def default_table(script: str, rows: list[dict]) -> str:
         table += "\n\n" + gains_table(script, rows)
     for title, conditions in MORE[script].items():
         columns = next((r["figures"][c] for r in rows for c in conditions.values() if c in r["figures"]), {})
-        lines = ([label, *(number(values(rows, DEFAULT, (c, m)), c) for m in columns)]
-                 for label, c in conditions.items())
+        cells = {(label, choice): [number(values(rows, choice, (c, m)), c) for m in columns]
+                 for label, c in conditions.items() for choice in NAMED}
+        lines = ([f"{label}, {NAMED[choice]}".removeprefix(", "), *line]
+                 for (label, choice), line in cells.items() if set(line) - {"-"})
         table += "\n\n" + markdown([title, *columns], lines)
     if right := values(rows, DEFAULT, ("D", "right")):
         table += (f"\n\nOver stage 2's second half the discriminator was right about "
