@@ -116,7 +116,7 @@ def do(job: Job, folder: Path, data: list[str]) -> dict:
 
 
 def begin_with_stage_1_of_the_default(job: Job, folder: Path) -> bool:
-    """Where a choice changes stage 2 alone, stage 1 is the default's, bit for bit: it is not trained again."""
+    """Where a choice changes stage 2 alone, stage 1 is the default's, bit for bit: not trained again."""
     default, choice = folder.with_name(f"{DEFAULT}-{job.seed}"), job.choice
     there = (default / "last" / "stage1.safetensors").exists()
     if not there or next(c.stage for c in CHOICES[job.script] if c.name == choice) == 1:
