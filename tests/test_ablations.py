@@ -26,21 +26,29 @@ def test_claims_compare_choices(script):
     assert {name for claim in CLAIMS[script] for name in (claim.better, claim.worse)} <= set(names)
 
 
-def test_two_standard_errors():
-    """Deviations 1 and 1, three of each: the standard error of the difference is sqrt(2 / 3)."""
-    a = [0.0, 1.0, 2.0]
-    for shift, apart in ((1.62, False), (1.64, True), (-1.64, True)):
-        assert differs([x + shift for x in a], a) == apart
-    assert differs([1.0], a) is None
+def rows_of(**values):
+    """{choice: PSNR of seeds 0, 1, ...}"""
+    return [{"choice": name, "seed": seed, "figures": {"QF": {"PSNR": v}}} for name, vs in values.items() for seed, v in enumerate(vs) if v is not None]
+
+
+def test_differences_are_taken_seed_by_seed():
+    rows = rows_of(a=[3.0, 5.0, None, 4.0], b=[2.5, None, 1.0, 4.5])
+    assert pages.differences(rows, "a", "b", ("QF", "PSNR")) == [0.5, -0.5] and pages.differences(rows, "a", "c", ("QF", "PSNR")) == []
+
+
+def test_apart_is_a_paired_t_test():
+    """Three differences of deviation 1: beyond 4.303 standard errors of sqrt(1 / 3), Student's 97.5 % for two degrees of freedom."""
+    for shift, apart in ((2.47, False), (2.50, True), (-2.50, True)):
+        assert differs([shift - 1, shift, shift + 1]) == apart
+    assert differs([1.0]) is None and differs([]) is None and differs([0.0, 0.0]) is False
 
 
 def test_verdicts():
     def said(better, worse):
-        rows = [{"choice": name, "figures": {"QF": {"PSNR": v}}} for name, vs in (("a", better), ("b", worse)) for v in vs]
-        return verdict(Claim("a is better", "a", "b", ""), rows, "QF")[2:]
-    assert said([3, 3.1], [2, 2.1]) == ["QF: PSNR 3.05 ± 0.07, 2.05 ± 0.07", "**reproduced**"]
-    assert said([2, 2.1], [3, 3.1])[1] == "**reversed**"
-    assert said([2, 4], [1, 3])[1] == "not told apart"
+        return verdict(Claim("a is better", "a", "b", ""), rows_of(a=better, b=worse), "QF")[2:]
+    assert said([3, 3.2, 3.1], [2, 2.2, 2.11]) == ["QF: PSNR 3.10 ± 0.10, 2.10 ± 0.10", "**reproduced**"]
+    assert said([2, 2.2, 2.11], [3, 3.2, 3.1])[1] == "**reversed**"
+    assert said([2, 4, 3], [1, 2.5, 3.5])[1] == "not told apart"
     assert said([2], [1])[1] == "one seed: not known" and said([], [1])[1] == "not run"
 
 

@@ -166,11 +166,17 @@ def values(rows: list[dict], choice: str, column: tuple[str, str], where: str = 
     return [v for v in own if v is not None]
 
 
-def differs(a: list[float], b: list[float]) -> bool | None:
-    """Whether the means of two choices are further apart than two standard errors; None with one seed."""
-    if min(len(a), len(b)) < 2:
-        return None
-    return abs(mean(a) - mean(b)) > 2 * (stdev(a) ** 2 / len(a) + stdev(b) ** 2 / len(b)) ** 0.5
+def differences(rows: list[dict], choice: str, other: str, column: tuple[str, str]) -> list[float]:
+    """A choice's metric less another's, seed by seed: of the same crops and first weights."""
+    one, two = ({r["seed"]: values([r], name, column) for r in rows if r["choice"] == name}
+                for name in (choice, other))
+    return [one[seed][0] - two[seed][0] for seed in one if one[seed] and two.get(seed)]
+
+
+def differs(differences: list[float]) -> bool | None:
+    """Whether seeds alone do that in less than one case of twenty (paired t-test); None with one seed."""
+    from scipy.stats import ttest_1samp
+    return None if len(differences) < 2 else bool(ttest_1samp(differences, 0).pvalue < 0.05)
 
 
 # -------------------------------------------------------------------------------------------- tables
@@ -186,16 +192,16 @@ def decimals(metric: str) -> int:
     return 2 if "PSNR" in metric or "grid" in metric else digits.get(metric, 3)
 
 
-def number(own: list[float], metric: str, default: list[float] | None = None) -> str:
-    """Mean and deviation; with `default` the difference to it, bold where seeds alone do not do that."""
+def number(own: list[float], metric: str, differences: list[float] | None = None) -> str:
+    """Mean and deviation; then, if given, the mean difference, bold where seeds alone do not do that."""
     if not own:
         return "-"
     n = decimals(metric)
     text = f"{mean(own):.{n}f}" + (f" ± {stdev(own):.{n}f}" if len(own) > 1 and stdev(own) else "")
-    if not default:
+    if not differences:
         return text
-    difference = f"{mean(own) - mean(default):+.{n}f}"
-    return f"{text} (**{difference}**)" if differs(own, default) else f"{text} ({difference})"
+    difference = f"{mean(differences):+.{n}f}"
+    return f"{text} (**{difference}**)" if differs(differences) else f"{text} ({difference})"
 
 
 def default_table(script: str, rows: list[dict]) -> str:
@@ -297,15 +303,17 @@ def ablation_tables(script: str, rows: list[dict]) -> str:
     choices = [c for c in CHOICES[script] if c.name in done]
     def line(choice):
         own = [values(rows, choice.name, column) for column in columns]
-        default = [None if choice.name == DEFAULT else values(rows, DEFAULT, column) for column in columns]
+        default = [None if choice.name == DEFAULT else differences(rows, choice.name, DEFAULT, column)
+                   for column in columns]
         flags = f"`{choice.flags}`" if choice.flags else "**default**"
         return [f"{flags}: {choice.where}", *(number(v, c[1], d) for v, c, d in zip(own, columns, default))]
     table = markdown(["", *(f"{condition}: {metric}" for condition, metric in columns)], map(line, choices))
     usual = columns[-1 if script == "oscar" else 0][0]
     claims = markdown(["the paper says", "its figures", "here", ""],
                       (verdict(claim, rows, claim.condition or usual) for claim in CLAIMS[script]))
-    legend = ("Mean ± deviation over seeds (difference to the default; bold: over two standard errors). "
-              "*Detail*: luma's steps from pixel to pixel over the original's, 1 being as sharp.")
+    legend = ("Mean ± deviation over seeds (mean difference to the default of the same seed; bold: seeds alone "
+              "do that in less than one case of twenty, paired t-test). *Detail*: luma's steps from pixel to "
+              "pixel over the original's, 1 being as sharp.")
     return f"{about(rows, done - {SHIPS})} {legend}\n\n{table}\n\n{claims}"
 
 
@@ -313,11 +321,12 @@ def verdict(claim: Claim, rows: list[dict], condition: str) -> list[str]:
     a, b = (values(rows, name, (condition, claim.metric)) for name in (claim.better, claim.worse))
     if not a or not b:
         return [claim.says, claim.paper, "-", "not run"]
-    apart, (one, two) = differs(a, b), (number(own, claim.metric) for own in (a, b))
+    pairs = differences(rows, claim.better, claim.worse, (condition, claim.metric))
+    apart, (one, two) = differs(pairs), (number(own, claim.metric) for own in (a, b))
     if apart is None:
         said = "one seed: not known"
     else:
-        said = "not told apart" if not apart else "**reproduced**" if mean(a) > mean(b) else "**reversed**"
+        said = "not told apart" if not apart else "**reproduced**" if mean(pairs) > 0 else "**reversed**"
     return [claim.says, claim.paper, f"{condition}: {claim.metric} {one}, {two}", said]
 
 
