@@ -311,9 +311,9 @@ def ablation_tables(script: str, rows: list[dict]) -> str:
     usual = columns[-1 if script == "oscar" else 0][0]
     claims = markdown(["the paper says", "its figures", "here", ""],
                       (verdict(claim, rows, claim.condition or usual) for claim in CLAIMS[script]))
-    legend = ("Mean ± deviation over seeds (mean difference to the default of the same seed; bold: seeds alone "
-              "do that in less than one case of twenty, paired t-test). *Detail*: luma's steps from pixel to "
-              "pixel over the original's, 1 being as sharp.")
+    legend = ("Mean ± deviation over seeds (mean difference to the default of the same seed; bold: seeds "
+              "alone do that in less than one case of twenty, paired t-test). *Detail*: luma's steps from "
+              "pixel to pixel over the original's, 1 being as sharp.")
     return f"{about(rows, done - {SHIPS})} {legend}\n\n{table}\n\n{claims}"
 
 
