@@ -338,7 +338,7 @@ def expected(script: str, rows: list[dict]) -> str:
         return [f"{name}: {condition}", *found]
     table = markdown(["", *next(iter(columns.values()))],
                      (line(name, condition) for condition in columns for name in (DEFAULT, choice)))
-    seeds = len({r["seed"] for r in rows if r["choice"] == choice})
+    seeds = len({r["seed"] for r in rows if r["choice"] in (DEFAULT, choice)})
     return f"On the bundled photographs, mean ± deviation of {seeds} seeds:\n\n{table}"
 
 
