@@ -14,10 +14,10 @@ from common import PHOTOS, read_image
 STAGES = ["--s1-steps", 2, "--s2-steps", 2, "--s1-batch", 2, "--s2-batch", 2, "--s1-accumulate", 2, "--s2-accumulate", 2,
           "--s1-crop", 64, "--s2-crop", 64]
 FLAGS = {"codiff": ["--s2-checkpointing", "--s1-widths", "16,16,24,32"], "sodiff": ["--s2-checkpointing", "--s1-width", 24, "--s2-widths", "16,16,16,32"],
-         "oscar": ["--s2-checkpointing", "--s1-lr", 1e-3, "--s1-ema", 0.9, "--s1-lambda-z", 1, "--s1-N", 16, "--s1-M", 16, "--s1-D", 8, "--s1-measure", 8],
+         "oscar": ["--s2-checkpointing", "--s2-crop", 128, "--s1-lr", 1e-3, "--s1-ema", 0.9, "--s1-lambda-z", 1, "--s1-N", 16, "--s1-M", 16, "--s1-D", 8, "--s1-measure", 8],
          "moe_diffir": ["--s1-width", 16, "--s1-heads", 2, "--s2-sampling", "1", "--cache-latents", 4, "--codecs", "jpeg"]}
 LOSSES = 0.02  # relative, in a stage's first step; the second comes after Adam, which takes even the smallest gradient's sign
-COSINES = {"sim": 0.01, "repa": 0.01}  # OSCAR's, at first about 0: rounding gives 1 to 3 of 64 positions their second nearest code
+COSINES = ("sim", "repa")  # OSCAR's; at first about 0. Rounding gives 1 to 3 of 64 positions another code, hence its larger crop
 LEVELS = {"codiff": 1.0, "sodiff": 1.0, "oscar": 5.0, "moe_diffir": 1.0}  # of 255, on average, between pictures of the same weights
 
 
@@ -46,7 +46,7 @@ def test_training_under_autocast_follows_float32(trained):
     assert [(row["stage"], row["step"]) for row in low] == [(1, 0), (1, 1), (2, 0), (2, 1)]
     for a, b in zip(exact, low):
         own = {k: v for k, v in a.items() if "@" not in k}
-        assert {k: pytest.approx(v, rel=LOSSES if a["step"] == 0 else 10 * LOSSES, abs=COSINES.get(k, 1e-4))
+        assert {k: pytest.approx(v, rel=LOSSES if a["step"] == 0 else 10 * LOSSES, abs=3e-3 if k in COSINES else 1e-4)
                 for k, v in own.items()} == {k: b[k] for k in own}
     assert script.__name__ != "codiff" or exact[:2] == low[:2]  # CaVE's L1 losses are float32 on CUDA as well
 
