@@ -46,7 +46,7 @@ def test_apart_is_a_paired_t_test():
 def test_verdicts():
     def said(better, worse):
         return verdict(Claim("a is better", "a", "b", ""), rows_of(a=better, b=worse), "QF")[2:]
-    assert said([3, 3.2, 3.1], [2, 2.2, 2.11]) == ["QF: PSNR 3.10 ± 0.10, 2.10 ± 0.10", "**reproduced**"]
+    assert said([3, 3.2, 3.1], [2, 2.2, 2.11]) == ["QF: PSNR 3.10 ± 0.10 (**+1.00**), 2.10 ± 0.10", "**reproduced**"]
     assert said([2, 2.2, 2.11], [3, 3.2, 3.1])[1] == "**reversed**"
     assert said([2, 4, 3], [1, 2.5, 3.5])[1] == "not told apart"
     assert said([2], [1])[1] == "one seed: not known" and said([], [1])[1] == "not run"

@@ -227,7 +227,8 @@ def default_table(script: str, rows: list[dict]) -> str:
         table = markdown(["", *(f"{condition}: {m}" for condition, m in columns)], lines)
         table += "\n\n" + gains_table(script, rows)
     for title, conditions in MORE[script].items():
-        columns = next((r["figures"][c] for r in rows for c in conditions.values() if c in r["figures"]), {})
+        own = [r["figures"] for r in rows if r["choice"] in NAMED]
+        columns = next((figures[c] for figures in own for c in conditions.values() if c in figures), {})
         cells = {(label, choice): [number(values(rows, choice, (c, m)), c) for m in columns]
                  for label, c in conditions.items() for choice in NAMED}
         lines = ([f"{label}, {NAMED[choice]}".removeprefix(", "), *line]
@@ -322,7 +323,7 @@ def verdict(claim: Claim, rows: list[dict], condition: str) -> list[str]:
     if not a or not b:
         return [claim.says, claim.paper, "-", "not run"]
     pairs = differences(rows, claim.better, claim.worse, (condition, claim.metric))
-    apart, (one, two) = differs(pairs), (number(own, claim.metric) for own in (a, b))
+    apart, one, two = differs(pairs), number(a, claim.metric, pairs), number(b, claim.metric)
     if apart is None:
         said = "one seed: not known"
     else:
