@@ -65,6 +65,7 @@ CHOICES = {
     "oscar": [
         Choice(DEFAULT, "", "alignment, measured mapping, all losses"),
         Choice("no-alignment", "--no-alignment", "Fig. 7"),
+        Choice("no-alignment-long", "--no-alignment --s2-steps 480", "as long as both stages"),
         Choice("random-t", "--mapping random", "Fig. 7", 2),
         Choice("no-L_EA", "--losses mse,dists,gan", "Fig. 7", 2),
         Choice("no-L_G", "--losses mse,ea,dists", "Fig. 7", 2)],
@@ -97,6 +98,7 @@ CLAIMS = {
         Claim("the GAN loss adds texture", DEFAULT, "no-L_G", "MUSIQ 69.6, 58.1", "detail")],
     "oscar": [
         Claim("aligned representations restore better", DEFAULT, "no-alignment", "Fig. 7, curves"),
+        Claim("also where stage 2 gets stage 1's time", DEFAULT, "no-alignment-long", "our check"),
         Claim("a measured mapping is better than a random one", DEFAULT, "random-t", "Fig. 7, curves"),
         Claim("L_EA-DISTS brings detail", DEFAULT, "no-L_EA", "Fig. 7, curves", "detail"),
         Claim("so does the GAN loss", DEFAULT, "no-L_G", "Fig. 7, curves", "detail")],
@@ -106,7 +108,9 @@ CLAIMS = {
         Claim("MoE-Prompt is better than their plain mixture", "moe", "multiple", "29.02, 28.98 dB"),
         Claim("the prior DP raises fidelity", "moe-dp", "moe", "29.07, 29.02 dB"),
         Claim("the adapter brings detail", "moe-v2t", "moe", "LPIPS 0.1145, 0.1179", "detail"),
-        Claim("one expert cannot model all tasks", DEFAULT, "N1-K1", "Fig. 6, curves")]}
+        Claim("one expert cannot model all tasks", DEFAULT, "N1-K1", "Fig. 6a, curves"),
+        Claim("fourteen are harder to train than seven", DEFAULT, "N14-K3", "Fig. 6a, curves"),
+        Claim("choosing one instead of three raises PSNR", "N7-K1", DEFAULT, "Fig. 6b, curves")]}
 
 # commands whose words stand on the page: {name of the block: command}
 PRINTED = {script: {"cost": f"profile --paper --size {size} --no-time", "time": f"profile --size {size}"}
