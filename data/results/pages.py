@@ -344,7 +344,8 @@ def expected(script: str, rows: list[dict]) -> str:
     table = markdown(["", *next(iter(columns.values()))],
                      (line(name, condition) for condition in columns for name in (DEFAULT, choice)))
     seeds = len({r["seed"] for r in rows if r["choice"] in (DEFAULT, choice)})
-    return f"On the bundled photographs, mean ± deviation of {seeds} seeds:\n\n{table}"
+    return (f"On the bundled photographs, mean ± deviation of {seeds} seeds, of one thread each "
+            f"(more threads round differently, which is much like another seed):\n\n{table}")
 
 
 def blocks(script: str, rows: list[dict]) -> dict[str, str]:
