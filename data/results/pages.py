@@ -136,7 +136,7 @@ NAMED = {DEFAULT: "default run", SHIPS: "weights that ship"}
 JPEG = {f"JPEG QF {qf}": ["PSNR", "SSIM", "detail"] for qf in (5, 10)}
 EXERCISE = {"codiff": ("l2", JPEG), "sodiff": ("fixed-t", JPEG),
             "oscar": ("random-t", {f"OSCAR {bpp}": ["PSNR", "SSIM", "detail"]
-                                   for bpp in ("0.0098", "0.0313", "0.1250")}),
+                                   for bpp in ("0.0098", "0.0313", "0.0625", "0.1250")}),
             "moe_diffir": ("none", {"latent error": ["jpeg:5", "webp:5", "hevc:47", "vvc:47"]})}
 
 # ------------------------------------------------------------------------------------------- figures
