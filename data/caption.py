@@ -18,12 +18,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import common
-from common import Crops, UserError, atomic, device, jpeg, list_images, note, rng
-from data.results.evaluate import save_png
-from sodiff import read_captions
+from common import Crops, device, jpeg, rng
+from data.captions import read_captions
+from data.files import UserError, atomic, list_images, note
+from data.results.tables import save_png
+from data.runs import CommandLine, run_cli
 
 QUESTION = "Describe this image in one detailed sentence."
+CROP_AND_QF = 11  # a stream of random numbers, beside those of common.STREAMS
 
 
 def names_of(data: list[Path], out: Path, per_image: int) -> dict[str, Path]:
@@ -54,9 +56,10 @@ def captioned(log: Path) -> set[str]:
 
 def crop_and_jpeg(photo, name: str, size: int, seed: int) -> tuple[Image.Image, Image.Image, int]:
     """A random crop, its JPEG and the QF, a function of the name: other files in the folder do not matter."""
-    r = rng(seed, 11, zlib.crc32(name.encode()))
+    r = rng(seed, CROP_AND_QF, zlib.crc32(name.encode()))
     y, x = (int(r.integers(side - size + 1)) for side in photo.shape[:2])
-    hq, qf = Image.fromarray(photo[y:y + size, x:x + size]), int(r.integers(5, 96))
+    hq = Image.fromarray(photo[y:y + size, x:x + size])
+    qf = int(r.integers(5, 96))
     return hq, jpeg(hq, qf), qf
 
 
@@ -76,28 +79,33 @@ def llava(model: str, max_tokens: int):
     def describe(pictures: list[Image.Image]) -> list[str]:
         prompts = [f"USER: <image>\n{QUESTION} ASSISTANT:"] * len(pictures)
         inputs = processor(images=pictures, text=prompts, return_tensors="pt").to(network.device, dtype)
-        out = network.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
-        texts = processor.batch_decode(out[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+        out = network.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)  # (B, prompt + answer)
+        answers = out[:, inputs["input_ids"].shape[1]:]
+        texts = processor.batch_decode(answers, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
 
     return describe
 
 
 def caption(args: argparse.Namespace) -> None:
-    names, log = names_of(args.data, args.out, args.per_image), args.out / "captions.jsonl"
-    photos, done, bad = Crops(args.data, args.crop, args.seed), captioned(log), 0
+    names = names_of(args.data, args.out, args.per_image)
+    log = args.out / "captions.jsonl"
+    photos = Crops(args.data, args.crop, args.seed)
+    done = captioned(log)
     todo = [(name, file) for name, file in names.items() if name not in done]
     note(f"{len(names) - len(todo)} of {len(names)} crops have their caption already")
     describe = llava(args.model, args.max_tokens) if todo else None
+    bad = 0
     for i in tqdm(range(0, len(todo), args.batch), "caption", unit="batch", disable=None):
-        rows, jpegs = [], []
+        rows = []
+        jpegs = []
         for name, file in todo[i:i + args.batch]:
             photo = photos.read(file)
             if photo is None:  # it has been named
                 bad += 1
                 continue
             hq, lq, qf = crop_and_jpeg(photo, name, args.crop, args.seed)
-            save_png(hq, args.out / name)
+            save_png(hq, args.out / name)  # before its line below: what captions.jsonl names is there
             jpegs.append(lq)
             rows.append({"file": name, "qf": qf})
         texts = describe(jpegs) if jpegs else []
@@ -113,8 +121,8 @@ def caption(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = common.CommandLine("caption.py", description="crops with LLaVA's captions, for SODiff's stage 1",
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = CommandLine("caption.py", description="crops with LLaVA's captions, for SODiff's stage 1",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", nargs="+", type=Path, required=True, metavar="DIR",
                    help="folders of photographs")
     p.add_argument("--out", type=Path, required=True, metavar="DIR",
@@ -133,4 +141,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    common.run_cli(main)
+    run_cli(main)

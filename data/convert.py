@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 import codiff
-import common
 import oscar
-from common import (Stage, UserError, load_trained, note, read_json, read_model, save_tensors, trained,
-                    write_json)
+from common import SD21_BASE, Settings, load_trained, trained
+from data.files import UserError, note, read_json, read_model, save_tensors, write_json
+from data.runs import CommandLine, run_cli
 
 
 def load_pickle(path: Path) -> dict:
@@ -60,8 +60,11 @@ def lora_of(part: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def convert_codiff(cave_pth: Path, codiff_pkl: Path, base: str | None, out: Path) -> None:
     """CaVE's decoder adds 1 in every block there, and only training needs it: it becomes zeros."""
-    base, cfg1, cfg2 = base or common.SD21_BASE, codiff.Stage1.paper(), codiff.Stage2.paper()
-    cave, release = codiff.CaVE(cfg1.widths, cfg1.blocks), load_pickle(codiff_pkl)
+    base = base or SD21_BASE
+    cfg1 = codiff.Stage1.paper()
+    cfg2 = codiff.Stage2.paper()
+    cave = codiff.CaVE(cfg1.widths, cfg1.blocks)
+    release = load_pickle(codiff_pkl)
     released_cave = tensors_of({"CaVE": load_pickle(cave_pth)}, "CaVE", cave_pth)
     of_cave = {k: v for k, v in released_cave.items() if k in cave.state_dict()}
     for k, v in cave.state_dict().items():
@@ -80,7 +83,9 @@ def convert_codiff(cave_pth: Path, codiff_pkl: Path, base: str | None, out: Path
 
 def convert_oscar(oscar_pkl: Path, base: str | None, out: Path) -> None:
     """As released: hard-coded timesteps, true channel norms (which files then carry, quantised)."""
-    base, cfg1, cfg2 = base or oscar.SD21, oscar.Stage1.paper(), oscar.Stage2.paper()
+    base = base or oscar.SD21
+    cfg1 = oscar.Stage1.paper()
+    cfg2 = oscar.Stage2.paper()
     release = load_pickle(oscar_pkl)
     keys = ("hyper_encoders", "state_dict_unet")
     hyper_encoders, unet = (tensors_of(release, key, oscar_pkl) for key in keys)
@@ -95,7 +100,8 @@ def convert_oscar(oscar_pkl: Path, base: str | None, out: Path) -> None:
     tensors["prompt"] = release["embeddings"].float()
     for k, v in hyper_encoders.items():
         if "._codebook." in k:
-            k, v = k.replace("._codebook", ""), v.squeeze(0)  # one of one codebooks
+            k = k.replace("._codebook", "")
+            v = v.squeeze(0)  # (1, V, ...) -> (V, ...): one of one codebooks
         k = "hyper_encoders." + re.sub(r"(conv_[ab]\.\d)\.conv\.", r"\1.0.layers.", k)
         if k in expected:
             tensors[k] = v.float()
@@ -104,14 +110,15 @@ def convert_oscar(oscar_pkl: Path, base: str | None, out: Path) -> None:
               fingerprint=G.sd.fingerprint)
 
 
-def write_run(out: Path, script: str, base, settings: list[Stage], results: dict[int, dict], **more) -> None:
+def write_run(out: Path, script: str, base, settings: list[Settings], results: dict[int, dict],
+              **more) -> None:
     """What a run leaves: config.json, and a file of tensors a stage, with the settings in its header."""
     config = {"script": script, "base": str(base)}
-    for i, cfg in enumerate(settings, 1):
-        config |= {f"stage{i}.{k}": v for k, v in asdict(cfg).items()}
-    for i, tensors in results.items():
-        header = config | more | {"stage": f"stage{i}"}
-        save_tensors(out / "model" / f"stage{i}.safetensors", tensors, **header)
+    for cfg in settings:
+        config |= {f"stage{cfg.number}.{k}": v for k, v in asdict(cfg).items()}
+    for number, tensors in results.items():
+        header = config | more | {"stage": f"stage{number}"}
+        save_tensors(out / "model" / f"stage{number}.safetensors", tensors, **header)
     write_json(out / "config.json", config | {"seed": 0})
 
 
@@ -129,7 +136,7 @@ RELEASES = {"codiff": (convert_codiff, ["cave.pth", "codiff.pkl"]), "oscar": (co
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = common.CommandLine("convert.py", description="released checkpoints into a run's folder")
+    p = CommandLine("convert.py", description="released checkpoints into a run's folder")
     p.add_argument("kind", choices=list(RELEASES), help="whose release; half: of a run")
     p.add_argument("files", nargs="+", type=Path, help="cave.pth codiff.pkl; oscar.pkl; a run's folder")
     p.add_argument("--out", type=Path, required=True, help="the folder to write")
@@ -145,4 +152,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    common.run_cli(main)
+    run_cli(main)

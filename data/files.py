@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import signal
 import sys
 import threading
 from collections import Counter
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repo
@@ -62,32 +62,6 @@ def append(path: Path, text: str) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror}); mend that, then go on") from None
 
 
-LOCKS: dict[Path, int] = {}
-
-
-def lock(folder: Path) -> None:
-    """Keeps other processes from writing into the folder until this one ends, however it ends."""
-    if os.name != "posix" or folder.resolve() in LOCKS:
-        return
-    import fcntl
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"{folder}: another training writes into it; wait for it, or name another") from None
-    LOCKS[folder.resolve()] = descriptor
-
-
-def take(folder: Path, anew: bool) -> None:
-    """Locks a run's folder, and deletes in it what a kill in the middle of a write left; with `anew` all."""
-    lock(folder)
-    torn = [*folder.glob(".*tmp*"), *folder.glob("*/.*tmp*")]  # ours, or safetensors' own
-    for old in [*folder.iterdir()] if anew else torn:
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
-
-
 def write_json(path: Path, value) -> None:
     atomic(path, lambda tmp: tmp.write_text(json.dumps(value, indent=1, default=str) + "\n"))
 
@@ -126,22 +100,6 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     return tensors, header
-
-
-def trained(module: nn.Module) -> dict[str, Tensor]:
-    """All that training changes: parameters that take a gradient, persistent buffers."""
-    still = {k for k, p in module.named_parameters() if not p.requires_grad}
-    return {k: v for k, v in module.state_dict().items() if k not in still}
-
-
-def load_trained(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> nn.Module:
-    """Puts `trained`'s tensors back; each must find its place, and each place its tensor."""
-    state = module.state_dict()
-    for k in sorted(trained(module).keys() | tensors.keys()):
-        if k not in state or k not in tensors or tensors[k].shape != state[k].shape:
-            raise UserError(f"{source}: does not fit: {k} is missing, unknown or of another size")
-    module.load_state_dict(tensors, strict=False)
-    return module
 
 
 def load_part(kind, base: str | Path, name: str, weights: bool = True):
@@ -194,6 +152,14 @@ def images_in(folder: Path, seen: set[Path]):
             yield p
 
 
+def list_files(paths: list[Path], suffix: str) -> list[Path]:
+    """Files, under any name, and those of this suffix in folders, searched recursively."""
+    files = [f for p in paths for f in ([p] if p.is_file() else sorted(p.rglob(f"*{suffix}")))]
+    if not files:
+        raise UserError(f"{paths[0]}: no such file, nor a folder of {suffix} files")
+    return files
+
+
 def outputs(inputs: list[str], out: Path, suffix: str = ".png", find=list_images) -> list[tuple[Path, Path]]:
     """(input, output) for every file: one file to a file of that name, all else into the folder `out`, whose
     earlier results are no inputs."""
@@ -215,7 +181,7 @@ def outputs(inputs: list[str], out: Path, suffix: str = ".png", find=list_images
     return pairs
 
 
-def why(error: Exception, file: Path) -> str:
+def reason(error: Exception, file: Path) -> str:
     """One line on a failure of whatever kind, which names the file."""
     text = " ".join(str(error).split())[:300]
     if isinstance(error, UserError):
@@ -233,8 +199,14 @@ def each_file(pairs: list[tuple[Path, Path]], what: str, work) -> None:
             tqdm.write(f"{target}  ({work(file, target)})")
         except Exception as error:  # whatever it is, it ends this file alone
             if len(pairs) == 1:
-                raise UserError(why(error, file)) from None
+                raise UserError(reason(error, file)) from None
             bad += 1
-            note(f"skipped: {why(error, file)}")
+            note(f"skipped: {reason(error, file)}")
     if bad:
         raise UserError(f"{what}: {bad} of {len(pairs)} files could not be done; the others are")
+
+
+def leave_ctrl_c_to_the_parent(worker: int) -> None:
+    """For a loader's processes, which Ctrl-C, or the parent's end by it, would end with a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None  # what goes wrong in a sample reaches the parent in another way

@@ -28,10 +28,10 @@ import numpy as np
 from PIL import Image, PngImagePlugin, features
 from tqdm import tqdm
 
-import common
 from data.files import UserError, atomic, list_images, note, outputs, read_json, write_json
 from data.pictures import read_image
-from data.results.evaluate import mean, save_png, text_table
+from data.results.tables import mean, save_png, text_table
+from data.runs import CommandLine, once, run_cli
 
 # Lowest level first. The seven codecs of the paper's 21 tasks, and AVC, which it keeps unseen in training (as
 # it does JPEG QF 25 and VVC QP 32 and 52, Table 2).
@@ -210,7 +210,11 @@ def originals(folders: list[Path], out: Path) -> list[tuple[Path, Path]]:
 
 def make_versions(file: Path, original: Path, out: Path, tasks: list[Task], bar) -> tuple[list, list[str]]:
     """Makes one photograph's pictures: ([(codec, level, NAME, bits per pixel)], [what failed])."""
-    name, stat, rows, problems, image = original.relative_to(out / "original"), file.stat(), [], [], None
+    name = original.relative_to(out / "original")
+    stat = file.stat()
+    image = None  # read if any is to be made
+    rows = []
+    problems = []
     for codec, level in [("original", ""), *tasks]:
         target = out / codec / level / name
         stamp = {"source": [stat.st_size, stat.st_mtime_ns], "codec": codec, "level": level,
@@ -235,7 +239,9 @@ def bench(folders: list[Path], out: Path, tasks: list[Task]) -> tuple[dict, list
     """Every photograph at every task, as OUT/CODEC/LEVEL/NAME.png, and as OUT/original/NAME.png.
 
     Returns ({codec: {level: {NAME: bits per pixel}}}, [what failed]); what is there is not made again."""
-    jobs, found, problems = originals(folders, out), {}, []
+    jobs = originals(folders, out)
+    found = {}
+    problems = []
     bar = tqdm(total=len(jobs) * (1 + len(tasks)), desc="bench", unit="picture", disable=None)
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for rows, failed in pool.map(lambda pair: make_versions(*pair, out, tasks, bar), jobs):
@@ -265,9 +271,11 @@ def matched(lq: Path, hq: Path) -> dict[str, tuple[Path, Path]]:
 
 def add_pairs(out: Path, lq: Path, hq: Path, task: Task) -> dict:
     """Puts pictures that another program compressed into the benchmark. Their bits are not known."""
-    pairs, (codec, level) = matched(lq, hq), task
+    pairs = matched(lq, hq)
+    codec, level = task
     for name, (compressed, original) in tqdm(pairs.items(), f"{codec}:{level}", disable=None):
-        target, image = out / "original" / f"{name}.png", read_image(original)[0]
+        target = out / "original" / f"{name}.png"
+        image = read_image(original)[0]
         if not target.exists():
             save_png(image, target)
         elif read_image(target)[0].tobytes() != image.tobytes():
@@ -280,6 +288,20 @@ def add_pairs(out: Path, lq: Path, hq: Path, task: Task) -> dict:
 # -------------------------------------------------------------------------------- for training
 
 Caches = list[tuple[list[Path], Path]]  # folders of photographs and their benchmark
+
+
+def wanted(folders: list[Path], cache: Path | None, names: list[str] | None) -> tuple[Caches, list[Task]]:
+    """What a training takes: where the benchmark of its photographs is, or will be, and its tasks."""
+    caches = caches_of(folders, cache)
+    tasks = training_tasks(names, caches)
+    refuse_to_wait(caches, tasks)
+    return caches, tasks
+
+
+def made(caches: Caches, tasks: list[Task]) -> dict[Path, list[tuple[int, Path]]]:
+    """That benchmark, read; by the first process it is completed."""
+    once(complete, caches, tasks)
+    return read(caches, tasks)
 
 
 def caches_of(folders: list[Path], cache: Path | None) -> Caches:
@@ -301,15 +323,16 @@ def several_processes() -> bool:
 
 def refuse_to_wait(caches: Caches, tasks: list[Task]) -> None:
     """Of several processes one would make what is not there yet, and the others give up waiting for it."""
-    wanted, commands = [task for task in tasks if task[0] in RANGE], []
+    ours = [task for task in tasks if task[0] in RANGE]
+    commands = []
     for folders, out in caches if several_processes() else ():
         record = out / "bench.json"
         failed = " ".join(read_json(record)["failed"]) if record.exists() else ""
         if any(not (out / codec / level / original.relative_to(out / "original")).exists()
                for file, original in originals(folders, out) if str(file) not in failed
-               for codec, level in wanted):
+               for codec, level in ours):
             command = ["python", "-m", "data.make_cir", "--data", *map(str, folders), "--out", str(out),
-                       "--codecs", *map(":".join, wanted)]
+                       "--codecs", *map(":".join, ours)]
             commands.append(shlex.join(command))
     if commands:
         raise UserError(f"--data: make the benchmark before several processes train: {' && '.join(commands)}")
@@ -368,7 +391,7 @@ def report(path: Path, found: dict, missing: dict[str, str], problems: list[str]
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = common.CommandLine("make_cir.py", description="the CIR benchmark of your photographs (MoE-DiffIR)")
+    p = CommandLine("make_cir.py", description="the CIR benchmark of your photographs (MoE-DiffIR)")
     p.add_argument("--data", nargs="+", type=Path, metavar="DIR", help="photographs to compress")
     p.add_argument("--out", type=Path, required=True, help="the benchmark's folder")
     p.add_argument("--codecs", nargs="+", metavar="CODEC[:LEVEL]", default=TRAINED,
@@ -382,7 +405,9 @@ def main(argv: list[str] | None = None) -> None:
     if bool(args.pairs) != bool(args.task):
         raise UserError("--pairs and --task CODEC:LEVEL (as hific:low) go together")
     task = task_name(args.task) if args.task else None
-    found, missing, problems = {}, {}, None
+    found = {}
+    missing = {}
+    problems = None
     if args.data:
         tasks, missing = available(parse_tasks(args.codecs))
         found, problems = bench(args.data, args.out, tasks)
@@ -395,4 +420,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    common.run_cli(main)
+    run_cli(main)

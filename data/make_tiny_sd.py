@@ -23,12 +23,15 @@ Stages do not need each other, so that both may run at once, in runs of their ow
 A folder of photographs may hold a `captions.jsonl` (for each picture a line {"file", "caption"}).
 """
 
+from __future__ import annotations
+
 import colorsys
 import copy
 import json
 import math
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,43 +45,59 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from common import TINY_SD, CommandLine, Crops, Run, Stage, both, load_part, load_trained, run_cli
-from data.files import list_images, read_model
-from data.pictures import read_image, rng, to_tensor, torch_rng
-from sodiff import read_captions
+import common
+from common import PHOTOS, TINY_SD, Crops, Settings, load_trained, rng, setting, to_tensor, torch_rng
+from data.captions import read_captions
+from data.files import list_images, load_part
+from data.pictures import read_image
+from data.runs import CommandLine, Run
 
-LATENTS, WIDTHS, TEXT = 16, (16, 32, 64, 128), 96
+LATENTS = 16  # channels
+WIDTHS = (16, 32, 64, 128)  # of the VAE's four levels
+TEXT = 96  # width of the text encoder
 NOISE = 0.03  # which the decoder learns to bear, in units of the latents' deviation
-DECAY = 0.1  # of all matrices
+WEIGHT_DECAY = 0.1  # of all matrices
 SCHEDULER = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",  # as SD's
                           clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
+# Streams of random numbers, as common.STREAMS has them, where Crops' are; "view" is that of the windows too.
+SIDE = 2     # of a sample's crops
+BLUR = 3     # the decoder's NOISE
+T_EPS = 4    # timesteps and noise of stage 2
+UNSEEN = 5   # in the seed's place: the noise of the figures, the same for all runs
 
-@dataclass
-class Stage1(Stage):
-    """The VAE."""
-    crop: int            = both(256,   256,   "pixels a side of a sample: one crop, or several smaller ones")
-    hold: float          = both(0.02,  0.02,  "of the latents' squared distance from the first encoder's")
-    lr: float            = both(0.02,  0.02,  "Muon's")
-    lr_adam: float       = both(2e-3,  2e-3,  "for what is no matrix, and for the encoder")
-    decay: float         = both(0.7,   0.7,   "last part of the run in which lr falls to 0")
-    batch: int           = both(1,     1,     "samples")
-    steps: int           = both(9000,  9000,  "two and a half hours of one CPU thread")
+# ----------------------------------------------------------------------------------------- settings
 
 
 @dataclass
-class Stage2(Stage):
+class Stage1(Settings):
+    """The VAE. There is no paper: --paper changes nothing here, and below little."""
+    number = 1
+    #                       run     --paper
+    crop: int      = setting(256,   256,    "pixels a side: one crop or several smaller ones", least=8)
+    hold: float    = setting(0.02,  0.02,   "of the latents' squared distance from the first encoder's")
+    lr: float      = setting(0.02,  0.02,   "Muon's")
+    lr_adam: float = setting(2e-3,  2e-3,   "for what is no matrix, and for the encoder")
+    decay: float   = setting(0.7,   0.7,    "last part of the run in which lr falls to 0")
+    batch: int     = setting(1,     1,      "samples", least=1)
+    steps: int     = setting(9000,  9000,   "two and a half hours of one CPU thread", least=1)
+
+
+@dataclass
+class Stage2(Settings):
     """UNet and text encoder."""
-    crop: int            = both(80,    80,    "latents a side of all windows of a sample together")
-    clip_alone: int      = both(400,   400,   "steps without the UNet, until it has words to hear")
-    lr: float            = both(0.01,  0.01,  "Muon's")
-    lr_adam: float       = both(1e-3,  1e-3,  "for what is no matrix, and for the text encoder")
-    decay: float         = both(0.7,   0.7,   "last part of the run in which lr falls to 0")
-    batch: int           = both(1,     1,     "samples")
-    steps: int           = both(6000,  6000,  "two and a half hours of one CPU thread")
+    number = 2
+    #                        run    --paper
+    crop: int       = setting(80,    80,    "latents a side of all windows of a sample together", least=1)
+    clip_alone: int = setting(400,   400,   "steps without the UNet, until it has words to hear")
+    lr: float       = setting(0.01,  0.01,  "Muon's")
+    lr_adam: float  = setting(1e-3,  1e-3,  "for what is no matrix, and for the text encoder")
+    decay: float    = setting(0.7,   0.7,   "last part of the run in which lr falls to 0")
+    batch: int      = setting(1,     1,     "samples", least=1)
+    steps: int      = setting(6000,  6000,  "two and a half hours of one CPU thread", least=1)
 
 
-# ------------------------------------------------------------------------------------------ training
+# ---------------------------------------------------------------------------- optimizers, averages
 
 
 class Muon(torch.optim.Optimizer):
@@ -94,16 +113,17 @@ class Muon(torch.optim.Optimizer):
             for p in (p for p in group["params"] if p.grad is not None):
                 m = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 m.mul_(group["momentum"]).add_(p.grad)
-                u = orthogonal(p.grad.add(m, alpha=group["momentum"]).flatten(1))
+                ahead = p.grad.add(m, alpha=group["momentum"])  # Nesterov's: where momentum will be next
+                u = orthogonal(ahead.flatten(1))  # (rows, all other dimensions)
                 u *= max(1, u.shape[0] / u.shape[1]) ** 0.5
-                p.mul_(1 - group["lr"] * DECAY).add_(u.view_as(p), alpha=-group["lr"])
+                p.mul_(1 - group["lr"] * WEIGHT_DECAY).add_(u.view_as(p), alpha=-group["lr"])
 
 
 def orthogonal(g: Tensor) -> Tensor:
     """Nearly the closest matrix with orthonormal rows or columns, by five Newton-Schulz steps."""
-    x = g / (g.norm() + 1e-7)
+    x = g / (g.norm() + 1e-7)  # no singular value above 1
     tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
+    x = x.T if tall else x  # wide, so that x x^T is the smaller of the two products
     for _ in range(5):
         a = x @ x.T
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
@@ -116,77 +136,87 @@ def optimizers(cfg: Stage1 | Stage2, modules, plain) -> list[torch.optim.Optimiz
     wide = {id(p): p for p in params if p.ndim > 1 and min(p.shape[:2]) >= 8}
     rest = [p for p in params if id(p) not in wide] + [p for m in plain for p in m.parameters()]
     adam = [{"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-            {"params": [p for p in rest if p.ndim > 1], "weight_decay": DECAY}]
+            {"params": [p for p in rest if p.ndim > 1], "weight_decay": WEIGHT_DECAY}]
     return [Muon(wide.values(), cfg.lr), torch.optim.AdamW(adam, cfg.lr_adam, betas=(0.9, 0.99))]
 
 
-def train_stage(run: Run, number: int, cfg: Stage1 | Stage2, data, model: nn.Module, parts, plain, loss_at,
-                figures) -> None:
-    """Steps down loss_at(step, batch); what it keeps, and what `figures` sees, is an average of the model's
-    last weights."""
-    acc = run.start(number, cfg, float32=True, **{type(model).__name__: model})
-    model.to(acc.device, memory_format=torch.channels_last)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.996))
-    muon, adam = acc.prepare(*optimizers(cfg, parts, plain))
-    modules = {"model": model, "average": average}
-    for step, batch in run.loop(data, modules, {"muon": muon, "adam": adam}):
-        with acc.accumulate(model):
-            terms = loss_at(step, batch)
-            acc.backward(terms["loss"])
-            for optimizer in (muon, adam):
-                run.update(model, optimizer, step)
-        average.update_parameters(model)
-        run.log(**terms)
-        if (step + 1) % (10 * cfg.save_every) == 0 or step + 1 == cfg.steps:
-            tqdm.write(f"step {step + 1}: {figures(average.module)}")
-    run.save(average.module.requires_grad_(True))  # all of it is kept
+def average_of(model: nn.Module) -> AveragedModel:
+    """Of a model's last weights: smoother than any of them, it is what a stage keeps."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.996))
+
+
+def figures_due(acc, cfg: Stage1 | Stage2, step: int) -> bool:
+    """After every tenth checkpoint, and at the end."""
+    done = step + 1
+    return acc.sync_gradients and (done % (10 * cfg.save_every) == 0 or done == cfg.steps)
 
 
 # ----------------------------------------------------------------------------------------------- VAE
+
+
+def clear(layer, eye: int = 0):
+    """Zeros everywhere, but for a convolution that passes its first `eye` channels on as they are."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    for c in range(eye):
+        layer.weight[c, c, layer.weight.shape[2] // 2, layer.weight.shape[3] // 2] = 1
+    return layer
 
 
 @torch.no_grad()
 def pca_encoder(vae: AutoencoderKL, x: Tensor) -> None:
     """Makes of the encoder the linear map to the `LATENTS` strongest principal components of x's 8x8 patches:
     its three strided convolutions gather 2x2 cells each and keep as many components as they have channels.
-    Residual branches start at zero.
 
     Half-whitened: a component of variance v is scaled by v^(-1/4), and all to a mean square of 1. Squared
-    errors and angles between latents then weigh brightness more than the faintest texture, yet count both.
-
-    The last GroupNorm and SiLU are made linear: every latent stands there with both signs, since
-    silu(a) - silu(-a) = a, and beside constants +-`big` that alone set the group's variance."""
-    def clear(layer, eye=0):
-        layer.weight.zero_(), layer.bias.zero_()
-        for c in range(eye):
-            layer.weight[c, c, layer.weight.shape[2] // 2, layer.weight.shape[3] // 2] = 1
-        return layer
-
-    enc, h = vae.encoder, x
-    for name, layer in enc.named_modules():
+    errors and angles between latents then weigh brightness more than the faintest texture, yet count both."""
+    encoder = vae.encoder
+    for name, layer in encoder.named_modules():
         if name.endswith((".conv2", ".to_out.0")):
-            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
-    clear(enc.conv_in, 3)
-    for i, block in enumerate(enc.down_blocks[:3]):
-        resnet, conv, n = block.resnets[0], clear(block.downsamplers[0].conv), h.shape[1]
+            clear(layer)  # a residual branch, of convolutions or attention, adds nothing at first
+    clear(encoder.conv_in, 3)
+    h = x  # (B, 3, H, W)
+    for i, block in enumerate(encoder.down_blocks[:3]):
+        resnet = block.resnets[0]
         if resnet.conv_shortcut is not None:
             clear(resnet.conv_shortcut, resnet.in_channels)
-        cells = F.pixel_unshuffle(h, 2).permute(0, 2, 3, 1).reshape(-1, 4 * n)
-        mean, (power, basis) = cells.mean(0), torch.linalg.eigh(torch.cov(cells.T))
-        k = LATENTS if i == 2 else min(conv.out_channels, 4 * n)
-        basis, power = basis.flip(1)[:, :k], power.flip(0)[:k].clamp_min(1e-6 * power[-1])
-        if i == 2:
+        conv = clear(block.downsamplers[0].conv)
+        n = h.shape[1]
+        last = i == 2
+        cells = F.pixel_unshuffle(h, 2)                         # (B, 4 n, H / 2, W / 2)
+        cells = cells.permute(0, 2, 3, 1).reshape(-1, 4 * n)    # (all cells, 4 n)
+        mean = cells.mean(0)                                    # (4 n,)
+        power, basis = torch.linalg.eigh(torch.cov(cells.T))    # (4 n,), (4 n, 4 n), the weakest first
+        k = LATENTS if last else min(conv.out_channels, 4 * n)  # components that are kept
+        basis = basis.flip(1)[:, :k]                            # (4 n, k), the strongest first
+        power = power.flip(0)[:k].clamp_min(1e-6 * power[-1])   # (k,)
+        if last:  # half-whiten
             basis = basis / (power.sqrt() * power.sqrt().mean()).sqrt()
-        conv.weight[:k, :n, :2, :2], conv.bias[:k] = basis.T.reshape(k, n, 2, 2), -mean @ basis
-        h = F.conv2d(F.pad(h, (0, 1, 0, 1)), conv.weight[:k, :n], conv.bias[:k], stride=2)
-    spread, big = clear(enc.down_blocks[-1].resnets[0].conv_shortcut), 100.0
-    enc.conv_norm_out.weight.fill_(big * (2 / WIDTHS[-1]) ** 0.5)
-    clear(enc.conv_out), clear(vae.quant_conv, 2 * LATENTS)
-    for channel in range(2 * LATENTS):
-        sign, latent = (1, -1)[channel // LATENTS], channel % LATENTS
-        spread.weight[channel, latent] = enc.conv_out.weight[latent, channel, 1, 1] = sign
-    spread.bias[2 * LATENTS], spread.bias[2 * LATENTS + 1] = big, -big
-    enc.conv_out.bias[LATENTS:] = 2 * math.log(NOISE)  # the log-variance
+        conv.weight[:k, :n, :2, :2] = basis.T.reshape(k, n, 2, 2)
+        conv.bias[:k] = -mean @ basis
+        h = F.pad(h, (0, 1, 0, 1))  # as the block pads: the kernels' third row and column are zeros
+        h = F.conv2d(h, conv.weight[:k, :n], conv.bias[:k], stride=2)  # (B, k, H / 2, W / 2)
+    linear_end(vae)
+
+
+@torch.no_grad()
+def linear_end(vae: AutoencoderKL) -> None:
+    """The encoder's last GroupNorm and SiLU made linear. Every latent stands there with both signs, since
+    silu(a) - silu(-a) = a; and beside constants +-`big`, which alone set the group's variance."""
+    encoder = vae.encoder
+    big = 100.0
+    spread = clear(encoder.down_blocks[-1].resnets[0].conv_shortcut)
+    clear(encoder.conv_out)
+    clear(vae.quant_conv, 2 * LATENTS)
+    for latent in range(LATENTS):
+        for sign, channel in ((1, latent), (-1, LATENTS + latent)):
+            spread.weight[channel, latent] = sign
+            encoder.conv_out.weight[latent, channel, 1, 1] = sign
+    spread.bias[2 * LATENTS] = big
+    spread.bias[2 * LATENTS + 1] = -big
+    # Two of the group's channels are +-big and the others small: its deviation, which this undoes.
+    encoder.conv_norm_out.weight.fill_(big * (2 / WIDTHS[-1]) ** 0.5)
+    encoder.conv_out.bias[LATENTS:] = 2 * math.log(NOISE)  # the log-variance
 
 
 class Pictures(Crops):
@@ -195,8 +225,9 @@ class Pictures(Crops):
     turns = 1
 
     def __getitem__(self, n: int) -> tuple[Tensor]:
-        side = int(rng(self.seed, 2, n).choice([64] * 5 + [96, 96, 128, 192, 256]))
-        crops = (self.crop(16 * n + i)[:side, :side] for i in range(round((self.size / side) ** 2)))
+        side = int(rng(self.seed, SIDE, n).choice([64] * 5 + [96, 96, 128, 192, 256]))
+        many = max(1, round((self.size / side) ** 2))
+        crops = (self.crop(16 * n + i)[:side, :side] for i in range(many))
         return (torch.stack([to_tensor(Image.fromarray(a)) for a in crops]),)
 
 
@@ -214,21 +245,48 @@ def first_vae(base: str | None, data: list[Path] = ()) -> AutoencoderKL:
     return vae
 
 
-def stage1(run: Run, cfg: Stage1, vae: AutoencoderKL, val: list[Tensor]) -> None:
-    first = copy.deepcopy(vae).requires_grad_(False)
+def stage1(run, cfg: Stage1, vae: AutoencoderKL, val: list[Tensor]) -> None:
+    """The VAE: what it decodes, and how far its latents move away. As everywhere here, one process trains."""
+    pictures = Pictures(run.data, cfg.crop, run.seed)
+    untrained = copy.deepcopy(vae).requires_grad_(False)
     vae.quant_conv.requires_grad_(False)  # its log-variances, of NOISE, are not trained
-
-    def loss_at(step, batch):
-        x = batch[0].flatten(0, 1).to(memory_format=torch.channels_last)
-        z = vae.encode(x).latent_dist.mean
-        noise = torch.randn(z.shape, generator=torch_rng(run.seed, 3, step)).to(z)
-        x_hat = vae.decode(z + NOISE * noise).sample
-        mse = F.mse_loss(x_hat, x)
-        moved = F.mse_loss(z, first.to(z.device).encode(x).latent_dist.mean)
-        return {"loss": mse + 0.1 * F.l1_loss(x_hat, x) + cfg.hold * moved, "mse": mse, "moved": moved}
-
-    train_stage(run, 1, cfg, Pictures(run.data, cfg.crop, run.seed), vae, [vae.decoder, vae.post_quant_conv],
-                [vae.encoder], loss_at, lambda vae: validate_vae(vae, val))
+    acc = run.start(cfg, float32=True, VAE=vae)
+    vae.to(acc.device, memory_format=torch.channels_last)
+    untrained.to(acc.device)
+    average = average_of(vae)
+    muon, adam = acc.prepare(*optimizers(cfg, [vae.decoder, vae.post_quant_conv], [vae.encoder]))
+    w = {"mse": 1.0, "l1": 0.1, "moved": cfg.hold}
+    first = run.resume({"model": vae, "average": average}, {"muon": muon, "adam": adam})
+    for step, (x,) in run.batches(pictures, first):
+        x = x.flatten(0, 1).to(memory_format=torch.channels_last)  # (B, 3, side, side): all crops
+        with acc.accumulate(vae):
+            # forward
+            z = vae.encode(x).latent_dist.mean  # (B, C, side / 8, side / 8)
+            blur = torch.randn(z.shape, generator=torch_rng(run.seed, BLUR, step)).to(z)
+            x_hat = vae.decode(z + NOISE * blur).sample     # as x
+            z_first = untrained.encode(x).latent_dist.mean  # as z
+            # losses
+            terms = {"mse": F.mse_loss(x_hat, x), "l1": F.l1_loss(x_hat, x), "moved": F.mse_loss(z, z_first)}
+            weighted = {k: w[k] * term for k, term in terms.items()}
+            loss = sum(weighted.values())
+            if step == 0:
+                common.print_gradients(acc, step, vae, weighted)
+            # backward, clip, learning rates, steps
+            acc.backward(loss)
+            common.clip(acc, vae, cfg.clip)
+            common.set_lr(muon, cfg.lr, step, cfg)
+            common.set_lr(adam, cfg.lr_adam, step, cfg)
+            muon.step()
+            adam.step()
+            muon.zero_grad()
+            adam.zero_grad()
+        if acc.sync_gradients:
+            average.update_parameters(vae)
+        run.log(step, **terms, loss=loss)
+        run.save(step)
+        if figures_due(acc, cfg, step):
+            tqdm.write(f"step {step + 1}: {validate_vae(average.module, val)}")
+    run.finish(average.module.requires_grad_(True))  # all of it is kept, trained or not
 
 
 # -------------------------------------------------------------------------------------- UNet and text
@@ -238,53 +296,74 @@ HUES = {0: "red", 0.075: "brown", 0.15: "yellow", 0.32: "green", 0.5: "cyan", 0.
         0.9: "pink", 1: "red"}
 
 
+def words(part: Tensor) -> str:
+    """Light and colour of a part (3, h, w) of a picture: "dim strong red"."""
+    red, green, blue = (part.mean((1, 2)) / 2 + 0.5).tolist()  # each in [0, 1]
+    light = (red + green + blue) / 3
+    strength = max(red, green, blue) - min(red, green, blue)
+    hue = colorsys.rgb_to_hsv(red, green, blue)[0]
+    tone = next(LIGHT[top] for top in LIGHT if light < top)
+    colour = HUES[min(HUES, key=lambda known: abs(known - hue))] if strength > 0.05 else "grey"
+    return f"{tone} {'strong ' * (strength > 0.2)}{colour}"
+
+
 def describe(colours: Tensor, name: str = "") -> str:
     """A caption that says light and colour of a picture's upper and lower half and middle, and its contrast.
     colours (3, h, w) in [-1, 1], a pixel for each latent."""
-    def words(part):
-        red, green, blue = (part.mean((1, 2)) / 2 + 0.5).tolist()
-        light, strength = (red + green + blue) / 3, max(red, green, blue) - min(red, green, blue)
-        hue = colorsys.rgb_to_hsv(red, green, blue)[0]
-        colour = HUES[min(HUES, key=lambda known: abs(known - hue))] if strength > 0.05 else "grey"
-        return f"{next(LIGHT[top] for top in LIGHT if light < top)} {'strong ' * (strength > 0.2)}{colour}"
-
-    above, below = colours.chunk(2, 1)
-    middle, spread = torch.cat(colours.chunk(4, 2)[1:3], 2), colours.mean(0).std()
-    tone = "flat" if spread < 0.25 else "mixed" if spread < 0.45 else "stark"
-    return f"{name or 'a photo'}, {words(above)} above, {words(below)} below, {words(middle)} middle, {tone}"
+    above, below = colours.chunk(2, 1)  # (3, h / 2, w) each
+    middle = torch.cat(colours.chunk(4, 2)[1:3], 2)  # (3, h, w / 2)
+    spread = colours.mean(0).std()
+    contrast = "flat" if spread < 0.25 else "mixed" if spread < 0.45 else "stark"
+    where = f"{words(above)} above, {words(below)} below, {words(middle)} middle"
+    return f"{name or 'a photo'}, {where}, {contrast}"
 
 
 @torch.no_grad()
 def see(vae, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents and mean colours, both (C, h, w), of a picture (3, H, W)."""
+    """Latents (C, h, w) and mean colours (3, h, w) of a picture (3, H, W), cut to whole latents."""
     x = x[None, :, :x.shape[1] // 8 * 8, :x.shape[2] // 8 * 8]
     return vae.encode(x.to(vae.device)).latent_dist.mean[0].cpu(), F.avg_pool2d(x, 8)[0].cpu()
 
 
+def full_and_half(vae, photo: np.ndarray) -> list[tuple[Tensor, Tensor]]:
+    """What `see` gives of a photograph (H, W, 3) in full and half size."""
+    x = to_tensor(Image.fromarray(photo))[None]  # (1, 3, H, W)
+    half = F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True)
+    return [see(vae, view[0]) for view in (x, half)]
+
+
 def token_ids(tokenizer, texts: list[str]) -> Tensor:
-    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids  # (B, 77)
 
 
 class Windows(torch.utils.data.Dataset):
     """Sample n -> windows of latents (B, C, side, side) and their captions' ids (B, 77), a fifth of them
-    empty, a fifth a name alone. `views`: of each photograph in full and half size what `see` gives."""
+    empty, a fifth a name alone. `views`: of each photograph what `full_and_half` gives."""
 
     def __init__(self, views: list, names: list[str], tokenizer, size: int, seed: int):
-        self.views, self.names, self.tokenizer, self.size, self.seed = views, names, tokenizer, size, seed
+        self.views = views
+        self.names = names
+        self.tokenizer = tokenizer
+        self.size = size
+        self.seed = seed
 
     def __getitem__(self, n: int) -> tuple[Tensor, Tensor]:
-        r = rng(self.seed, 1, n)
-        side, half = int(r.choice([8, 12, 16, 16, 20, 24, 32])), int(r.random() < 0.4)
-        which = r.integers(len(self.views), size=max(4, round((self.size / side) ** 2)))
+        r = rng(self.seed, "view", n)
+        side = int(r.choice([8, 12, 16, 16, 20, 24, 32]))
+        half = int(r.random() < 0.4)  # 1: windows of photographs in half size
+        which = r.integers(len(self.views), size=max(4, round((self.size / side) ** 2)))  # photographs
         side = min(side, *(n // 4 * 4 for i in which for n in self.views[i][half][0].shape[1:]))
-        z, captions, kinds = [], [], r.random(len(which))
+        kinds = r.random(len(which))
         kinds[:2] = 1  # never all empty: CLIP needs a pair
+        z = []
+        captions = []
         for i, kind in zip(which, kinds):
-            y, x = (r.integers(n - side + 1) for n in self.views[i][half][0].shape[1:])
-            latents, colours = (v[:, y:y + side, x:x + side] for v in self.views[i][half])
-            z.append(latents)
+            latents, colours = self.views[i][half]  # (C, h, w), (3, h, w)
+            y, x = (r.integers(n - side + 1) for n in latents.shape[1:])
             name = self.names[i]
-            captions.append("" if kind < 0.2 else name if name and kind < 0.4 else describe(colours, name))
+            caption = describe(colours[:, y:y + side, x:x + side], name)
+            z.append(latents[:, y:y + side, x:x + side])
+            captions.append("" if kind < 0.2 else name if name and kind < 0.4 else caption)
         return torch.stack(z), token_ids(self.tokenizer, captions)
 
 
@@ -297,13 +376,17 @@ class ImageTower(nn.Module):
         super().__init__()
         layers = [layer for width in ((LATENTS, 64), (64, 128), (128, 128))
                   for layer in (nn.Conv2d(*width, 3, 2, 1), nn.SiLU())]
-        self.image = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * 128, TEXT))
-        self.text, self.log_scale = nn.Linear(TEXT, TEXT), nn.Parameter(torch.tensor(2.0))
+        self.image = nn.Sequential(*layers,                                # (B, 128, h / 8, w / 8)
+                                   nn.AdaptiveAvgPool2d(2), nn.Flatten(),  # (B, 4 * 128)
+                                   nn.Linear(4 * 128, TEXT))               # (B, TEXT)
+        self.text = nn.Linear(TEXT, TEXT)
+        self.log_scale = nn.Parameter(torch.tensor(2.0))
 
-    def loss(self, z: Tensor, e_text: Tensor) -> Tensor:
-        a, b = F.normalize(self.image(z), dim=1), F.normalize(self.text(e_text[:, -1]), dim=1)
-        logits, right = self.log_scale.exp() * a @ b.T, torch.arange(len(z), device=z.device)
-        return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+    def forward(self, z: Tensor, e_text: Tensor) -> Tensor:
+        """How well each picture (rows) fits each caption (columns): (B, B)."""
+        pictures = F.normalize(self.image(z), dim=1)             # (B, TEXT)
+        captions = F.normalize(self.text(e_text[:, -1]), dim=1)  # (B, TEXT)
+        return self.log_scale.exp() * pictures @ captions.T
 
 
 class Denoiser(nn.Module):
@@ -325,51 +408,95 @@ class Denoiser(nn.Module):
         self.tower = ImageTower()
 
 
-def vocabulary_of(run: Run, captions: list[str]) -> CLIPTokenizer:
+def vocabulary_of(run, captions: list[str]) -> CLIPTokenizer:
     """Kept in the run's folder, since its training is not quite deterministic; or that of --base."""
     kept = run.folder / "tokenizer"
     if run.args.base:
         load_part(CLIPTokenizer, run.args.base, "tokenizer").save_pretrained(kept)
     elif not kept.exists():
-        tokenizer, new = CLIPTokenizer().train_new_from_iterator(captions, 1024), run.folder / ".tokenizer"
+        new = run.folder / ".tokenizer"
+        tokenizer = CLIPTokenizer().train_new_from_iterator(captions, 1024)
         tokenizer.model_max_length = 77
         tokenizer.save_pretrained(new)
         os.replace(new, kept)
     return CLIPTokenizer.from_pretrained(kept)
 
 
-def stage2(run: Run, cfg: Stage2, vae: AutoencoderKL, photos: list[np.ndarray], names: list[str],
+def loss_clip(logits: Tensor) -> Tensor:
+    """Each picture among all captions, each caption among all pictures: the right one has its own number."""
+    right = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+
+
+def loss_denoise(eps_hat: Tensor, eps: Tensor, a: Tensor) -> Tensor:
+    """Unweighted, late steps are drowned, and there captions help. a: alpha_bar_t (B, 1, 1, 1)."""
+    return ((eps_hat - eps).square() * a ** -0.5).mean()
+
+
+def stage2(run, cfg: Stage2, vae: AutoencoderKL, photos: list[np.ndarray], names: list[str],
            val: list[Tensor]) -> None:
-    def views_of(photo):  # in full and half size
-        x = to_tensor(Image.fromarray(photo))[None]
-        half = F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True)
-        return [see(vae, v[0]) for v in (x, half)]
-
-    views = [views_of(photo) for photo in tqdm(photos, "latents", mininterval=10)]
-    val_views = [see(vae, central(x)) for x in val]
+    """UNet and text encoder: noise prediction, and captions told apart."""
+    views = [full_and_half(vae, photo) for photo in tqdm(photos, "latents", mininterval=10)]
+    unseen = [see(vae, central(x)) for x in val]
     tokenizer = vocabulary_of(run, [describe(full[1], name) for name, (full, _) in zip(names, views)])
-    model, alpha_bar = Denoiser(run.args.base, tokenizer), SCHEDULER.alphas_cumprod
-
-    def loss_at(step, batch):
-        (z, ids), g = (v.flatten(0, 1) for v in batch), torch_rng(run.seed, 4, step)
-        t = torch.randint(len(alpha_bar), (len(z),), generator=g)
-        eps, a = torch.randn(z.shape, generator=g).to(z), alpha_bar[t].view(-1, 1, 1, 1).to(z)
-        e_text = model.text(ids).last_hidden_state
-        spoken = ids[:, 1] != ids[:, -1]  # not only padding
-        clip = model.tower.loss(z[spoken], e_text[spoken])
-        if step < cfg.clip_alone:
-            return {"loss": clip}
-        eps_hat = model.unet(a.sqrt() * z + (1 - a).sqrt() * eps, t.to(z.device), e_text).sample
-        # unweighted, late steps are drowned, and there captions help
-        denoise = ((eps_hat - eps).square() * a ** -0.5).mean()
-        return {"loss": denoise + 0.1 * clip, "denoise": denoise, "clip": clip}
-
-    train_stage(run, 2, cfg, Windows(views, names, tokenizer, cfg.crop, run.seed), model, [model.unet],
-                [model.text, model.tower], loss_at,
-                lambda model: validate_unet(tokenizer, model.text, model.unet, val_views))
+    windows = Windows(views, names, tokenizer, cfg.crop, run.seed)
+    model = Denoiser(run.args.base, tokenizer)
+    alpha_bar = SCHEDULER.alphas_cumprod  # (1000,)
+    acc = run.start(cfg, float32=True, text_encoder=model.text, UNet=model.unet, image_tower=model.tower)
+    model.to(acc.device, memory_format=torch.channels_last)
+    average = average_of(model)
+    muon, adam = acc.prepare(*optimizers(cfg, [model.unet], [model.text, model.tower]))
+    first = run.resume({"model": model, "average": average}, {"muon": muon, "adam": adam})
+    for step, (z, ids) in run.batches(windows, first):
+        alone = step < cfg.clip_alone  # CLIP, until the text encoder has words for the UNet to hear
+        w = {"clip": 1.0 if alone else 0.1, "denoise": 1.0}
+        z = z.flatten(0, 1)      # (B, C, side, side): all windows
+        ids = ids.flatten(0, 1)  # (B, 77)
+        with acc.accumulate(model):
+            # forward and loss of CLIP
+            e_text = model.text(ids).last_hidden_state  # (B, 77, TEXT)
+            spoken = ids[:, 1] != ids[:, -1]            # (B,): not only padding
+            terms = {"clip": loss_clip(model.tower(z[spoken], e_text[spoken]))}
+            # forward and loss of the UNet
+            if not alone:
+                g = torch_rng(run.seed, T_EPS, step)
+                t = torch.randint(len(alpha_bar), (len(z),), generator=g)  # (B,)
+                eps = torch.randn(z.shape, generator=g).to(z)              # as z
+                a = alpha_bar[t].view(-1, 1, 1, 1).to(z)                   # (B, 1, 1, 1)
+                z_t = a.sqrt() * z + (1 - a).sqrt() * eps
+                eps_hat = model.unet(z_t, t.to(z.device), e_text).sample   # as z
+                terms["denoise"] = loss_denoise(eps_hat, eps, a)
+            weighted = {k: w[k] * term for k, term in terms.items()}
+            loss = sum(weighted.values())
+            if step == cfg.clip_alone:
+                common.print_gradients(acc, step, model, weighted)
+            # backward, clip, learning rates, steps
+            acc.backward(loss)
+            common.clip(acc, model, cfg.clip)
+            common.set_lr(muon, cfg.lr, step, cfg)
+            common.set_lr(adam, cfg.lr_adam, step, cfg)
+            muon.step()
+            adam.step()
+            muon.zero_grad()
+            adam.zero_grad()
+        if acc.sync_gradients:
+            average.update_parameters(model)
+        run.log(step, **terms, loss=loss)
+        run.save(step)
+        if figures_due(acc, cfg, step):
+            kept = average.module
+            tqdm.write(f"step {step + 1}: {validate_unet(tokenizer, kept.text, kept.unet, unseen)}")
+    run.finish(average.module.requires_grad_(True))
 
 
 # --------------------------------------------------------------------------------- figures, assembly
+
+
+def central(x: Tensor, side: int = 256) -> Tensor:
+    """The middle (3, side, side) of a picture (3, H, W)."""
+    top = (x.shape[1] - side) // 2
+    left = (x.shape[2] - side) // 2
+    return x[:, top:top + side, left:left + side]
 
 
 @torch.no_grad()
@@ -379,37 +506,47 @@ def validate_vae(vae, val: list[Tensor]) -> dict[str, float]:
     for x in val:
         x = x[None, :, :x.shape[1] // 8 * 8, :x.shape[2] // 8 * 8].to(vae.device)
         x_hat = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
-        psnr.append(10 * math.log10(4 / F.mse_loss(x_hat, x)))
+        psnr.append(10 * math.log10(4 / F.mse_loss(x_hat, x)))  # 4: the range of 2, squared
     return {"vae_psnr_db": float(np.mean(psnr))}
 
 
 @torch.no_grad()
-def validate_unet(tokenizer, text, unet, val_views) -> dict[str, float]:
+def validate_unet(tokenizer, text, unet, unseen) -> dict[str, float]:
     """The error of z_t / sqrt(alpha_bar) at t = 49 and 250, and what one call without a caption leaves of it;
     the denoising loss over all t, and t >= 500, with each picture's own caption and with the next one's."""
-    alpha_bar, out = SCHEDULER.alphas_cumprod, {}
-    captions = [describe(colours) for _, colours in val_views]
-    e_text = text(token_ids(tokenizer, [*captions, ""]).to(unet.device)).last_hidden_state
+    alpha_bar = SCHEDULER.alphas_cumprod
+    captions = [describe(colours) for _, colours in unseen]
+    ids = token_ids(tokenizer, [*captions, ""])           # (N + 1, 77)
+    e_text = text(ids.to(unet.device)).last_hidden_state  # (N + 1, 77, TEXT), the empty caption's last
 
-    def losses(t, *rows):
-        """The mean over pictures i of z_t's loss with e_text[row[i]], for each row."""
-        a, out = alpha_bar[t].item(), []
-        for i, (z, _) in enumerate(val_views):
-            eps = torch.randn(z.shape, generator=torch_rng(5, i))
-            z_t = (a ** 0.5 * z + (1 - a) ** 0.5 * eps).to(unet.device).expand(len(rows), -1, -1, -1)
-            eps_hat = unet(z_t, t, e_text[[row[i] for row in rows]]).sample.cpu()
-            out.append((eps_hat - eps).square().mean((1, 2, 3)))
-        return torch.stack(out).mean(0).tolist()
+    def losses(t: int, *rows: list[int]) -> list[float]:
+        """The mean over pictures i of z_t's loss with e_text[row[i]], for each of R rows."""
+        a = alpha_bar[t].item()
+        by_picture = []
+        for i, (z, _) in enumerate(unseen):
+            eps = torch.randn(z.shape, generator=torch_rng(UNSEEN, i))  # (C, h, w)
+            z_t = (a ** 0.5 * z + (1 - a) ** 0.5 * eps).to(unet.device)
+            z_t = z_t.expand(len(rows), -1, -1, -1)       # (R, C, h, w)
+            prompts = e_text[[row[i] for row in rows]]    # (R, 77, TEXT)
+            eps_hat = unet(z_t, t, prompts).sample.cpu()  # as z_t
+            by_picture.append((eps_hat - eps).square().mean((1, 2, 3)))
+        return torch.stack(by_picture).mean(0).tolist()
 
-    own = list(range(len(val_views)))
+    own = list(range(len(unseen)))
+    others = own[1:] + own[:1]
+    none = [-1] * len(own)
+    figures = {}
     for t in (49, 250):
-        out[f"noisy_t{t}"] = ((1 - alpha_bar[t]) / alpha_bar[t]).item()
-        out[f"one_step_t{t}"] = out[f"noisy_t{t}"] * losses(t, [-1] * len(own))[0]
-    pairs = np.array([losses(t, own, own[1:] + own[:1]) for t in range(50, 1000, 100)])
+        noise_to_signal = ((1 - alpha_bar[t]) / alpha_bar[t]).item()
+        figures[f"noisy_t{t}"] = noise_to_signal
+        figures[f"one_step_t{t}"] = noise_to_signal * losses(t, none)[0]
+    pairs = np.array([losses(t, own, others) for t in range(50, 1000, 100)])  # (10, 2)
     for late, part in (("", pairs), ("_late", pairs[5:])):
-        mine, others = part.mean(0).tolist()
-        out |= {f"own{late}": mine, f"other{late}": others, f"gain{late}": 100 * (others / mine - 1)}
-    return out
+        mine, theirs = part.mean(0).tolist()
+        figures[f"own{late}"] = mine
+        figures[f"other{late}"] = theirs
+        figures[f"gain{late}"] = 100 * (theirs / mine - 1)
+    return figures
 
 
 README = """# tiny-sd: a Stable Diffusion in miniature
@@ -437,18 +574,18 @@ Captions are of this kind, light and colour read off the picture by the recipe:
 def assemble(args) -> None:
     """What two runs keep, in half precision, into --to; the figures are those of what is saved. An old folder
     is replaced when the new one is complete."""
+    cfg1, of_vae, _ = Stage1.read(args.vae, "make_tiny_sd")
+    cfg2, of_unet, _ = Stage2.read(args.unet, "make_tiny_sd")
     tokenizer = CLIPTokenizer.from_pretrained(args.unet / "tokenizer")
-    vae, model, trained = first_vae(args.base), Denoiser(args.base, tokenizer), []
-    for stage, (folder, part) in enumerate(((args.vae, vae), (args.unet, model)), 1):
-        tensors, header = read_model(folder, "make_tiny_sd", stage)
-        load_trained(part.requires_grad_(True), tensors, folder)
-        trained.append(f"{type(part).__name__}: {header[f'stage{stage}.steps']} steps")
+    # (what takes a gradient is what a stage kept: everything)
+    vae = load_trained(first_vae(args.base).requires_grad_(True), of_vae, args.vae)
+    model = load_trained(Denoiser(args.base, tokenizer).requires_grad_(True), of_unet, args.unet)
     parts = {"VAE": vae, "UNet": model.unet, "text encoder": model.text}
     for m in parts.values():
-        m.half().float().eval()
+        m.half().float().eval()  # rounded: the figures are of what the files hold
     val = [to_tensor(read_image(f)[0]) for f in list_images(args.val)]
-    val_views = [see(vae, central(x)) for x in val]
-    figures = validate_vae(vae, val) | validate_unet(tokenizer, model.text, model.unet, val_views)
+    unseen = [see(vae, central(x)) for x in val]
+    figures = validate_vae(vae, val) | validate_unet(tokenizer, model.text, model.unet, unseen)
     new = args.to.with_name(f".{args.to.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     halves = vae.half(), model.text.half(), tokenizer, model.unet.half(), SCHEDULER, None, None
@@ -456,35 +593,36 @@ def assemble(args) -> None:
     millions = {k: sum(p.numel() for p in m.parameters()) / 1e6 for k, m in parts.items()}
     (new / "README.md").write_text(README.format(
         params=", ".join(f"{k} {n:.2f} M" for k, n in millions.items()), latents=LATENTS, val=len(val),
-        trained="; ".join(trained), example=describe(val_views[0][1]), **figures,
+        trained=f"VAE: {cfg1.steps} steps; UNet and text encoder: {cfg2.steps} steps",
+        example=describe(unseen[0][1]), **figures,
         sources=args.sources.read_text() if args.sources else "The photographs' sources: not recorded."))
     shutil.rmtree(args.to, ignore_errors=True)
     os.replace(new, args.to)
     print(json.dumps({k: round(v, 4) for k, v in figures.items()}))
 
 
-def central(x: Tensor, side: int = 256) -> Tensor:
-    y0, x0 = (x.shape[1] - side) // 2, (x.shape[2] - side) // 2
-    return x[:, y0:y0 + side, x0:x0 + side]
+# ------------------------------------------------------------------------------------- command line
 
 
 def train(args) -> None:
-    cfg1, cfg2 = Stage1.of(args), Stage2.of(args)
-    run = Run(args, "make_tiny_sd", "", cfg1, cfg2)
-    known, files = read_captions(run.data), list_images(run.data)
+    cfg1 = Stage1.of(args)
+    cfg2 = Stage2.of(args)
+    cfg1.check_multiple("crop", 8)  # a latent's pixels
+    run = Run(args, TINY_SD, cfg1, cfg2)
+    captions = read_captions(run.data)
+    files = list_images(run.data)
     photos = [np.asarray(read_image(f)[0]) for f in tqdm(files, "photographs", mininterval=10)]
-    names = [known.get(f, {"caption": ""})["caption"] for f in files]
-    val = [to_tensor(read_image(f)[0]) for f in list_images(args.val)]
+    names = [captions.get(f, {"caption": ""})["caption"] for f in files]
+    val = [to_tensor(read_image(f)[0]) for f in list_images(args.val or [PHOTOS / "val"])]
     vae = first_vae(args.base, run.data)
-    if args.stage in ("2", "all"):
+    if args.stage in ("2", "all"):  # before stage 1: its latents are the first encoder's
         stage2(run, cfg2, copy.deepcopy(vae), photos, names, val)
     if args.stage in ("1", "all"):
         stage1(run, cfg1, vae, val)
 
 
-def main(argv=None):
-    cli = CommandLine("make_tiny_sd.py", description="a Stable Diffusion in miniature, like data/tiny-sd")
-    cli.tools = {}
+def main(argv: list[str] | None = None) -> None:
+    cli = CommandLine.of(sys.modules[__name__], tools={})
     cli.train(train, Stage1, Stage2)
     p = cli.command("assemble", "both stages' results into a diffusers folder", assemble)
     p.add_argument("vae", type=Path, help="the folder of stage 1's run")
@@ -493,8 +631,8 @@ def main(argv=None):
     p.add_argument("--base", help="the earlier tiny-sd that they began with, if any")
     p.add_argument("--to", type=Path, default=TINY_SD)
     p.add_argument("--sources", type=Path, help="a text for the README on the photographs")
-    cli.run(argv)
+    cli.start(argv)
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    main()

@@ -24,9 +24,9 @@ from pathlib import Path
 from PIL import Image, features
 from tqdm import tqdm
 
-import common
-from data.files import UserError, atomic, list_images, note, outputs
-from data.pictures import leave_ctrl_c_to_the_parent, read_image
+from data.files import UserError, atomic, leave_ctrl_c_to_the_parent, list_images, note, outputs
+from data.pictures import read_image
+from data.runs import CommandLine, run_cli
 
 SIZE = 512
 NOTE = 270  # EXIF's ImageDescription
@@ -43,16 +43,18 @@ def jobs_of(folders: list[Path], out: Path) -> list[tuple[Path, Path]]:
     def find(paths):
         return [f for f in list_images(paths) if out.resolve() not in f.resolve().parents]
 
-    taken, jobs = {}, []
+    taken: dict[str, Path] = {}  # a folder of pieces: that of their photographs (on some disks A is a)
+    jobs = []
     for folder in folders:
         target = out / folder.resolve().name if len(folders) > 1 else out
         if not folder.is_dir():
             raise UserError(f"--data {folder}: no such folder")
         if taken.setdefault(str(target).casefold(), folder) is not folder:
             raise UserError(f"--data {folder}: {target} would hold another folder's pieces too; rename one")
-        jobs += (new := outputs([str(folder)], target, find=find))
+        new = outputs([str(folder)], target, find=find)
         if not new:
             raise UserError(f"--data {folder}: no photographs but in --out {out}; name another --out")
+        jobs += new
     return jobs
 
 
@@ -73,7 +75,8 @@ def cut(job: tuple[Path, Path]) -> tuple[int, str | None]:
 
     file, target = job
     try:
-        source, old = [file.stat().st_size, file.stat().st_mtime_ns], record(piece(0, 0))
+        source = [file.stat().st_size, file.stat().st_mtime_ns]
+        old = record(piece(0, 0))
         there = [(r, c) for r in range(old.get("rows", 0)) for c in range(old.get("columns", 0))]
         if old.get("source") == source and all(piece(*cell).exists() for cell in there):
             return len(there), None
@@ -82,19 +85,22 @@ def cut(job: tuple[Path, Path]) -> tuple[int, str | None]:
         return 0, str(error)
     for cell in there:  # the photograph has changed, perhaps its size too
         piece(*cell).unlink(missing_ok=True)
-    tops, lefts, exif = starts(image.height), starts(image.width), Image.Exif()
+    tops = starts(image.height)
+    lefts = starts(image.width)
+    exif = Image.Exif()
     exif[NOTE] = json.dumps({"source": source, "rows": len(tops), "columns": len(lefts)})
     cells = [(r, c) for r in range(len(tops)) for c in range(len(lefts))]
     for r, c in reversed(cells):
-        right, bottom = min(lefts[c] + SIZE, image.width), min(tops[r] + SIZE, image.height)
+        right = min(lefts[c] + SIZE, image.width)
+        bottom = min(tops[r] + SIZE, image.height)
         part = image.crop((lefts[c], tops[r], right, bottom))
         atomic(piece(r, c), lambda tmp: part.save(tmp, "WEBP", lossless=True, quality=0, method=0, exif=exif))
     return len(cells), None
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = common.CommandLine("pieces.py", description="photographs cut into pieces of 512 pixels, for training",
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = CommandLine("pieces.py", description="photographs cut into pieces of 512 pixels, for training",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", nargs="+", type=Path, required=True, metavar="DIR", help="photographs")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="continued if it is there")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
@@ -103,7 +109,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--workers {args.workers}: must be at least 1")
     if not features.check("webp"):
         raise UserError("this Pillow was built without WebP; install another")
-    jobs, pieces, bad = jobs_of(args.data, args.out), 0, 0
+    jobs = jobs_of(args.data, args.out)
+    pieces = 0
+    bad = 0
     pool = ProcessPoolExecutor(args.workers, initializer=leave_ctrl_c_to_the_parent, initargs=(0,))
     try:
         for n, problem in tqdm(pool.map(cut, jobs), "pieces", len(jobs), unit="photograph", disable=None):
@@ -121,4 +129,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    common.run_cli(main)
+    run_cli(main)

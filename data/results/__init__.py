@@ -1,0 +1,22 @@
+"""Measuring, which is no part of a method.
+
+evaluate.py, complexity.py and figures.py are the commands eval, profile and figures of all scripts;
+ablations.py trains a paper's ablations with several seeds, and pages.py writes what they say into the pages.
+None of them knows a paper: what is measured of one alone stands beside its page, SCRIPT.md, in SCRIPT.py:
+
+    eval_flags(p, script)      evaluate(script, args)
+    profile_flags(p, script)   build(script, base, cfg1, cfg2, lora) -> model    profile(script, args, build)
+    figure_flags(p, script)    figures(script, args)    AGAINST: the choice to which they compare, or None
+
+    TITLE, COST        in the README's table; the paper's parameters and MACs at 1024 x 1024, by profile
+    CHOICES, COLUMNS   of the ablations' table: its rows and columns
+    CLAIMS, CONDITION  what the paper says; where that is measured, unless a claim tells
+    EXERCISE           the choice that the page's second exercise tries, and {condition: metrics} expected
+    EVAL               flags of eval: for the default run and the weights that ship; for the other choices
+    PRINTED            commands whose words stand on the page: {name of the block: command}
+    MORE               that a default run measures: {title: {label: condition}}
+    more_figures(metrics, run)   the same, of metrics.json, and of the run's folder where it was trained here
+    default_table(rows)          what the default run and the weights that ship come to
+    headline(rows)               in the README's table: what, before, made, made by the weights that ship, gap
+
+`script` is always the paper's script as a module, which is imported nowhere a second time."""
