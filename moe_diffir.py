@@ -149,7 +149,7 @@ def zero_init(layer: nn.Module) -> nn.Module:
 
 def top_k_gates(logits: Tensor, k: int) -> Tensor:
     # Eq. 3, Top-K(Softmax(.)): the K largest keep their values, the others are 0
-    g = logits.softmax(-1)
+    g = logits.softmax(-1)  # (B, N)
     chosen = g.topk(k).indices  # (B, K)
     return torch.zeros_like(g).scatter(-1, chosen, g.gather(-1, chosen))
 
@@ -167,16 +167,16 @@ class PromptGenerator(nn.Module):
         super().__init__()
         self.kind, self.k = cfg.prompt, cfg.top_k
         if self.kind == "single":  # "image-like", of 8x8 here, enlarged to the features' size
-            self.prompts = nn.Parameter(torch.randn(1, cfg.width, 8, 8) * 0.02)
+            self.prompts = nn.Parameter(torch.randn(1, cfg.width, 8, 8) * 0.02)  # Fig. 2a
         elif self.kind != "none":
-            self.prompts = nn.Parameter(torch.randn(cfg.experts, cfg.prompt_length, cfg.width))
-            self.W_g = nn.Linear(cfg.width, cfg.experts, bias=False)
+            self.prompts = nn.Parameter(torch.randn(cfg.experts, cfg.prompt_length, cfg.width))  # N of them
+            self.W_g = nn.Linear(cfg.width, cfg.experts, bias=False)  # Eq. 3
         if self.kind == "moe":
-            self.norm_x = nn.LayerNorm(cfg.width, elementwise_affine=False)
-            self.W_noise = zero_init(nn.Linear(cfg.width, cfg.experts, bias=False))
+            self.norm_x = nn.LayerNorm(cfg.width, elementwise_affine=False)  # of the router's input
+            self.W_noise = zero_init(nn.Linear(cfg.width, cfg.experts, bias=False))  # Eq. 3
             if dp_width:
                 from diffusers.models.attention_processor import Attention
-                self.norm = nn.LayerNorm(cfg.width)
+                self.norm = nn.LayerNorm(cfg.width)  # before the cross-attention
                 self.meet = Attention(cfg.width, dp_width, heads=cfg.heads, dim_head=cfg.width // cfg.heads)
 
     def gate(self, f: Tensor, dp: Tensor | None, noise: Tensor | None) -> Tensor:
@@ -196,11 +196,11 @@ class PromptGenerator(nn.Module):
             return f, None
         if self.kind == "single":
             image = F.interpolate(self.prompts, size, mode="bilinear")  # (1, width, h, w)
-            return f + image.flatten(2).transpose(1, 2), None
+            return f + image.flatten(2).transpose(1, 2), None  # (B, L, width)
         if self.kind == "multiple":
             gates = self.W_g(f.mean(1)).softmax(-1) if gates is None else gates  # (B, N)
             mixed = torch.einsum("bn,nlc->blc", gates, self.prompts)             # (B, 32, width)
-            return f + attend(f, mixed), gates
+            return f + attend(f, mixed), gates  # Fig. 2c
         gates = self.gate(f, dp, noise) if gates is None else gates
         weight, chosen = gates.topk(self.k)  # (B, K) each
         # Eq. 1: y = sum over the chosen of G(x)_i E_i(x), E_i(x) = softmax(f P_i^T / sqrt(C)) P_i
@@ -219,15 +219,15 @@ class MoEPromptModule(nn.Module):
         self.waves, self.time = Timesteps(c, True, 0), TimestepEmbedding(c, c)
         self.down = nn.ModuleList(nn.Conv2d(c if i else channels, c, 3, 2 if i else 1, 1)
                                   for i in range(len(widths)))
-        self.at_t = nn.ModuleList(nn.Linear(c, c) for _ in widths)
+        self.at_t = nn.ModuleList(nn.Linear(c, c) for _ in widths)  # how t shifts each scale
         self.vit = nn.ModuleList(transformer_block(c, cfg.heads) for _ in widths)
         self.prompt = nn.ModuleList(PromptGenerator(cfg, dp_width) for _ in widths)
-        self.out = nn.ModuleList(nn.Conv2d(c, w, 3, padding=1) for w in widths)
+        self.out = nn.ModuleList(nn.Conv2d(c, w, 3, padding=1) for w in widths)  # to the UNet's channels
 
     def forward(self, z_lq: Tensor, t: Tensor, dp: Tensor | None, noise: Tensor | None = None,
                 gates: list[Tensor] | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """z_lq (B, C, h, w), t (B,), noise (B, scales, N) -> (features, gates), one of each a scale."""
-        f = z_lq
+        f = z_lq  # (B, C, h, w)
         time = self.time(self.waves(t).to(z_lq.dtype))  # (B, width)
         features, all_gates = [], []
         for i, down in enumerate(self.down):
@@ -249,7 +249,7 @@ class SPADE(nn.Module):
 
     def __init__(self, c_f: int, c: int, hidden: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, c, affine=False)
+        self.norm = nn.GroupNorm(groups, c, affine=False)  # gamma and beta come from f
         self.maps = nn.Sequential(nn.Conv2d(c_f, hidden, 3, padding=1), nn.SiLU(),
                                   zero_init(nn.Conv2d(hidden, 2 * c, 3, padding=1)))
 
@@ -259,10 +259,10 @@ class SPADE(nn.Module):
 
     def resblock(self, resnet: nn.Module, h: Tensor, time: Tensor, f: Tensor) -> Tensor:
         """A ResBlock of the UNet, skip(h) + branch(h), with SPADE on its branch (Sec. 3.4); time (B, c_t)."""
-        g = resnet.conv1(F.silu(resnet.norm1(h)))
+        g = resnet.conv1(F.silu(resnet.norm1(h)))  # (B, c, h, w)
         g = g + resnet.time_emb_proj(F.silu(time))[:, :, None, None]
         g = resnet.conv2(F.silu(resnet.norm2(g)))
-        skip = h if resnet.conv_shortcut is None else resnet.conv_shortcut(h)
+        skip = h if resnet.conv_shortcut is None else resnet.conv_shortcut(h)  # as g
         return skip + self(g, f)
 
 
@@ -289,7 +289,7 @@ def clip_input(x: Tensor, size: int) -> Tensor:
     """x (B, 3, H, W) in [-1, 1] -> as CLIP expects it: size x size, its own mean and deviation."""
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
     mean, std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=x.device).view(2, 1, 3, 1, 1)
-    x = F.interpolate(x.float(), (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+    x = F.interpolate(x.float(), (size, size), mode="bicubic", antialias=True).clamp(-1, 1)  # (B, 3, ., .)
     return ((x + 1) / 2 - mean) / std
 
 
@@ -300,7 +300,7 @@ class Prior(nn.Module):
     def __init__(self, name: str, weights: bool = True):
         super().__init__()
         self.net = clip_encoder(name, "--dp", weights)
-        self.width = self.net.config.hidden_size
+        self.width = self.net.config.hidden_size  # D
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, 3, H, W) in [-1, 1] -> dp (B, M, width)."""
@@ -321,9 +321,9 @@ class SmallPrior(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, 3, H, W) in [-1, 1] -> dp (B, 16, width)."""
-        x = F.pad(x.to(self.fine.weight.dtype), (1, 1, 1, 1), "replicate")
-        across = 2 * x[..., 1:-1, 1:-1] - x[..., 1:-1, :-2] - x[..., 1:-1, 2:]
-        down = 2 * x[..., 1:-1, 1:-1] - x[..., :-2, 1:-1] - x[..., 2:, 1:-1]
+        x = F.pad(x.to(self.fine.weight.dtype), (1, 1, 1, 1), "replicate")  # (B, 3, H + 2, W + 2)
+        across = 2 * x[..., 1:-1, 1:-1] - x[..., 1:-1, :-2] - x[..., 1:-1, 2:]  # (B, 3, H, W)
+        down = 2 * x[..., 1:-1, 1:-1] - x[..., :-2, 1:-1] - x[..., 2:, 1:-1]  # as across
         fine = self.fine(4 * torch.cat([across, down, across - down], 1))  # (B, 16, H, W)
         coarse = self.coarse(F.silu(fine))                                 # (B, 16, H / 2, W / 2)
         energy = torch.cat([F.adaptive_avg_pool2d(f.square(), 4) for f in (fine, coarse)], 1)  # (B, 32, 4, 4)
@@ -340,12 +340,12 @@ class Visual2Text(nn.Module):
         c, d = cfg.width, self.clip.config.hidden_size
         self.size = self.clip.config.image_size
         side = 8 if cfg.v2t == "small" else 16
-        self.patch = nn.Conv2d(3, c, side, side)
+        self.patch = nn.Conv2d(3, c, side, side)  # side x side pixels to a token
         self.position = nn.Parameter(torch.randn(1, (self.size // side) ** 2, c) * 0.02)
         self.enhance = nn.Sequential(*(transformer_block(c, cfg.heads) for _ in range(cfg.enhancer)))
         self.unpatch = zero_init(nn.ConvTranspose2d(c, 3, side, side))
         self.channels = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, D), nn.GELU(), nn.Linear(D, D))
-        tokens = (self.size // self.clip.config.patch_size) ** 2
+        tokens = (self.size // self.clip.config.patch_size) ** 2  # 256 of H/14
         self.tokens = nn.Sequential(nn.Linear(tokens, L), nn.GELU(), zero_init(nn.Linear(L, L)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -353,7 +353,7 @@ class Visual2Text(nn.Module):
         x = clip_input(x, self.size).to(self.position.dtype)            # (B, 3, 224, 224)
         patches = self.patch(x)                                         # (B, width, 14, 14)
         f = self.enhance(patches.flatten(2).transpose(1, 2) + self.position)  # (B, 196, width)
-        x = x + self.unpatch(f.transpose(1, 2).unflatten(2, patches.shape[2:]))
+        x = x + self.unpatch(f.transpose(1, 2).unflatten(2, patches.shape[2:]))  # enhanced, as x
         tokens = self.clip(x).last_hidden_state[:, 1:]                  # without the class token: (B, 256, d)
         tokens = self.channels(tokens)                                  # (B, 256, D)
         return self.tokens(tokens.transpose(1, 2)).transpose(1, 2)
@@ -380,7 +380,7 @@ class Compensator(nn.Module):
         super().__init__()
         self.fuse = nn.ModuleList()
         for i, c in enumerate(widths[:cfg.levels][::-1]):
-            hidden = max(c, 32)
+            hidden = max(c, 32)  # channels
             self.fuse.append(nn.Sequential(
                 nn.Conv2d(2 * c, hidden, 3, padding=1), *(ResidualBlock(hidden) for _ in range(cfg.blocks)),
                 nn.SiLU(), zero_init(nn.Conv2d(hidden, c, 3, padding=1))))
@@ -411,7 +411,7 @@ class Compensator(nn.Module):
             if i >= 0 and measure:
                 self.measure_units(i, e, h)
             elif i >= 0:
-                h = h + w * self.residual(i, e, h)
+                h = h + w * self.residual(i, e, h)  # Fig. 3d
             for upsample in block.upsamplers or ():
                 h = upsample(h)
         return decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(h)))  # (B, 3, H, W)
@@ -451,7 +451,7 @@ class MoEDiffIR(nn.Module):
 
     def text(self, x_lq: Tensor) -> Tensor:
         """c (B, L, D_text)."""
-        c = self.empty.expand(len(x_lq), -1, -1)
+        c = self.empty.expand(len(x_lq), -1, -1)  # (B, L, D_text)
         return c if self.v2t is None else c + self.v2t(x_lq)
 
     def degradation_prior(self, x_lq: Tensor) -> Tensor | None:
@@ -468,10 +468,10 @@ class MoEDiffIR(nn.Module):
         spade = {resnet: own for own, (_, resnet) in zip(self.spade, self.modulated)}
         time = unet.time_embedding(unet.get_time_embed(z_t, t))  # (B, c_time)
         h = unet.conv_in(z_t)
-        skips = [h]
+        skips = [h]  # for the way up
         for block in unet.down_blocks:
             h, own = block(h, time, **({"encoder_hidden_states": c} if hasattr(block, "attentions") else {}))
-            skips += own
+            skips += own  # one for each ResBlock and downsampling
         h = spade[mid.resnets[0]].resblock(mid.resnets[0], h, time, features[-1])  # (B, c, h / 8, w / 8)
         for attention, resnet in zip(mid.attentions, mid.resnets[1:]):
             h = resnet(attention(h, c, return_dict=False)[0], time)
@@ -481,14 +481,14 @@ class MoEDiffIR(nn.Module):
                 if hasattr(block, "attentions"):
                     h = block.attentions[j](h, c, return_dict=False)[0]
             for upsample in block.upsamplers or ():
-                h = upsample(h, skips[-1].shape[2:])
+                h = upsample(h, skips[-1].shape[2:])  # odd sides were rounded up
         return unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
 
     def denoise(self, z_t: Tensor, t: Tensor, z_lq: Tensor, dp: Tensor | None, c: Tensor,
                 noise: Tensor | None = None, gates: list[Tensor] | None = None):
         """(the modulated UNet's output at timesteps t (B,), the gates)."""
         dtype = self.sd.unet.dtype
-        features, gates = self.module(z_lq.to(dtype), t, dp, noise, gates)
+        features, gates = self.module(z_lq.to(dtype), t, dp, noise, gates)  # one of each a scale
         return self.unet(z_t.to(dtype), t, c, features), gates
 
     def eps(self, z_t: Tensor, out: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -499,7 +499,7 @@ class MoEDiffIR(nn.Module):
     def forward(self, z_t: Tensor, t: Tensor, z_lq: Tensor, x_lq: Tensor, noise: Tensor):
         """Training: (eps_hat, gates, the small prior's guess of the task or None)."""
         dp = self.degradation_prior(x_lq)  # (B, M, D)
-        out, gates = self.denoise(z_t, t, z_lq, dp, self.text(x_lq), noise)
+        out, gates = self.denoise(z_t, t, z_lq, dp, self.text(x_lq), noise)  # (B, C, h, w), (B, N) a scale
         guess = self.prior.head(dp.mean(1)) if isinstance(self.prior, SmallPrior) else None
         return self.eps(z_t, out, self.sd.alpha_bar[t]), gates, guess
 
@@ -507,7 +507,7 @@ class MoEDiffIR(nn.Module):
         """One call of the UNet: z_t -> z at t_next by DDIM (Song et al. 2021, eta = 0); the last: -> z_0."""
         alpha_bar, times = self.sd.alpha_bar, torch.full((len(z_t),), t, device=z_t.device)  # (T,), (B,)
         out, gates[t] = self.denoise(z_t, times, z_lq, dp, c, gates=gates.get(t))
-        z_0 = self.sd.x0(z_t, out, alpha_bar[t])
+        z_0 = self.sd.x0(z_t, out, alpha_bar[t])  # (B, C, h, w)
         if t_next is None:
             return z_0
         return diffuse(z_0, self.eps(z_t, out, alpha_bar[t]), alpha_bar[t_next])
@@ -516,7 +516,7 @@ class MoEDiffIR(nn.Module):
                tiles=whole) -> tuple[Tensor, dict[int, list[Tensor]]]:
         """(z_0, {t: gates}) in `steps` calls of the UNet: z_lq is noised to start_t, then DDIM over evenly
         spaced timesteps to 0. With one step it is the x0 prediction. Start "lq": z_lq gets no noise."""
-        ts = [round(self.cfg.start_t * (steps - i) / steps) for i in range(steps)]
+        ts = [round(self.cfg.start_t * (steps - i) / steps) for i in range(steps)]  # falling
         gates: dict[int, list[Tensor]] = {}
         alpha_bar = self.sd.alpha_bar[self.cfg.start_t].to(z_lq.device)
         z = alpha_bar.sqrt() * z_lq if self.cfg.start == "lq" else diffuse(z_lq, noise, alpha_bar)

@@ -128,8 +128,8 @@ class Photos(Crops):
     def __getitem__(self, n: int) -> tuple[int, Tensor]:
         n = n % self.period if self.period else n
         r = rng(self.seed, "degradation", n)
-        times = int(r.integers(1, self.cfg.zoom + 1))
-        side = times * self.cfg.crop
+        times = int(r.integers(1, self.cfg.zoom + 1))  # 1: as it is; 2: reduced to half
+        side = times * self.cfg.crop  # of what becomes one crop
         left, top = r.integers(0, self.size - side + 1, 2).tolist()
         x = Image.fromarray(self.crop(n)).crop((left, top, left + side, top + side)).reduce(times)
         gain = torch.from_numpy(r.uniform(-1, 1, (3, 1, 1))).float() * self.cfg.jitter
@@ -145,7 +145,7 @@ class Residual(nn.Module):
 
     def __init__(self, c: int):
         super().__init__()
-        half = c // 2
+        half = c // 2  # the bottleneck
         self.layers = nn.Sequential(nn.Conv2d(c, half, 1), nn.ReLU(), nn.Conv2d(half, half, 3, padding=1),
                                     nn.ReLU(), nn.Conv2d(half, c, 1))
 
@@ -175,16 +175,16 @@ class Quantizer(nn.Module):
 
     def __init__(self, M: int, D: int, V: int):
         super().__init__()
-        self.project_in = nn.Linear(M, D)
-        self.project_out = nn.Linear(D, M)
-        self.register_buffer("embed", F.normalize(torch.randn(V, D), dim=1))
-        self.register_buffer("embed_avg", torch.zeros(V, D))
+        self.project_in = nn.Linear(M, D)  # to where codes live
+        self.project_out = nn.Linear(D, M)  # and back
+        self.register_buffer("embed", F.normalize(torch.randn(V, D), dim=1))  # the codebook: unit vectors
+        self.register_buffer("embed_avg", torch.zeros(V, D))  # running sums of what chose each
         self.register_buffer("cluster_size", torch.zeros(V))  # 0: dead, so the first update draws all anew
-        self.pending: list[tuple[Tensor, Tensor]] = []
+        self.pending: list[tuple[Tensor, Tensor]] = []  # e (n, D) and indices (n,) of each pass
 
     def encode(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """(B, M, h, w) -> e (B, h, w, D), indices (B, h, w)."""
-        e = F.normalize(self.project_in(h.permute(0, 2, 3, 1)).float(), dim=-1)
+        e = F.normalize(self.project_in(h.permute(0, 2, 3, 1)).float(), dim=-1)  # (B, h, w, D)
         # no product of matrices: autocast would have it in bf16, which mixes up neighbours
         distance = torch.cdist(e.flatten(0, 2), self.embed, compute_mode="donot_use_mm_for_euclid_dist")
         return e, distance.argmin(-1).view(e.shape[:3])
@@ -198,7 +198,7 @@ class Quantizer(nn.Module):
         e, idx = self.encode(h)  # (B, h, w, D), (B, h, w)
         q = self.embed[idx]      # as e
         if self.training:
-            self.pending.append((e.detach().flatten(0, 2), idx.flatten()))
+            self.pending.append((e.detach().flatten(0, 2), idx.flatten()))  # (B h w, D), (B h w,)
         # Eq. 7 without its first term, for which the average stands in. DIFFERS: as printed it compares
         # latents with codes, which have other sizes; here e with codes. The release throws the term away.
         l_vq = (e - q).square().sum(-1).mean()  # q takes no gradient: the codebook is no parameter
@@ -208,16 +208,16 @@ class Quantizer(nn.Module):
     def update(self, decay: float, gather, generator: torch.Generator) -> int:
         """One moving-average step; `gather` collects a tensor from all processes, so that they keep the same
         codebook. Returns the number of live codes."""
-        e, idx = (gather(torch.cat(t)) for t in zip(*self.pending))
+        e, idx = (gather(torch.cat(t)) for t in zip(*self.pending))  # (n, D), (n,)
         self.pending.clear()
-        V = len(self.embed)
+        V = len(self.embed)  # codes
         count = torch.bincount(idx, minlength=V).float()  # (V,)
         self.cluster_size.lerp_(count, 1 - decay)
         sums = torch.zeros_like(self.embed_avg).index_add_(0, idx, e)  # (V, D)
         self.embed_avg.lerp_(sums, 1 - decay)
         fair = len(e) / V  # hits of a code, were all alike
-        dead = self.cluster_size < 0.01 * fair
-        drawn = torch.randint(len(e), (V,), generator=generator).to(e.device)
+        dead = self.cluster_size < 0.01 * fair  # (V,)
+        drawn = torch.randint(len(e), (V,), generator=generator).to(e.device)  # what takes their places
         self.cluster_size[dead] = fair
         self.embed_avg[dead] = fair * e[drawn[dead]]
         # Laplace smoothing of the counts, as in the release, would cancel in the normalisation
@@ -233,7 +233,7 @@ class HyperEncoder(nn.Module):
     def __init__(self, C: int, N: int, M: int, D: int, s: int, V: int):
         super().__init__()
         self.s = s
-        halvings = int(math.log2(s))
+        halvings = int(math.log2(s))  # s = 8: three, s = 1: none
 
         def down(i, a, b):  # the last `halvings` of three
             return nn.Conv2d(a, b, 5, 2, 2) if i >= 3 - halvings else nn.Conv2d(a, b, 1)
@@ -248,7 +248,7 @@ class HyperEncoder(nn.Module):
                                       down(2, N, N), *three(N), nn.Conv2d(N, M, 1), Attention(M))
         self.quantizer = Quantizer(M, D, V)
         self.proj = nn.Sequential(up(0), *three(M), up(1), *three(M), up(2), *three(M), nn.Conv2d(M, C, 1))
-        self.register_buffer("gain", torch.ones(()))
+        self.register_buffer("gain", torch.ones(()))  # set by set_gain
         for m in self.modules():  # ours: with torch's random biases all e start in nearly the same direction
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
                 nn.init.zeros_(m.bias)
@@ -265,7 +265,7 @@ class HyperEncoder(nn.Module):
     def decode(self, idx: Tensor, rms: Tensor | None = None) -> Tensor:
         """z_tilde from the indices, at the latents' scale: by the stored gain, or for released weights to the
         given RMS of each channel (C,)."""
-        z = self.proj(self.quantizer.decode(self.quantizer.embed[idx]))
+        z = self.proj(self.quantizer.decode(self.quantizer.embed[idx]))  # (B, C, h, w)
         if rms is None:
             return self.gain * z
         return z * (rms.view(1, -1, 1, 1) / z.square().mean((2, 3), keepdim=True).sqrt())
@@ -278,8 +278,8 @@ class HyperEncoders(nn.ModuleList):
         super().__init__(HyperEncoder(C, cfg.N, cfg.M, cfg.D, s, v) for s, v in RATES.values())
 
     def forward(self, z_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        z_tilde, l_vq = zip(*(Q(z_0) for Q in self))
-        l_sim = torch.stack([loss_sim(z_0, z) for z in z_tilde])
+        z_tilde, l_vq = zip(*(Q(z_0) for Q in self))  # eight of each
+        l_sim = torch.stack([loss_sim(z_0, z) for z in z_tilde])  # (8,)
         l_z = torch.stack([F.mse_loss(z, z_0) for z in z_tilde])
         return l_sim, torch.stack(l_vq), l_z
 
@@ -293,9 +293,9 @@ class OSCAR(nn.Module):
         self.base, self.t = base, t
         self.sd = SD(base, weights=weights)
         self.hyper_encoders = HyperEncoders(cfg, self.sd.vae.config.latent_channels)
-        self.prompt = nn.Parameter(torch.zeros(77, self.sd.unet.config.cross_attention_dim))
+        self.prompt = nn.Parameter(torch.zeros(77, self.sd.unet.config.cross_attention_dim))  # (77, D_text)
         self.cells = [self.sd.cell * s for s in S]  # pixels a side of an index; pictures are padded to these
-        self.cell = max(self.cells)
+        self.cell = max(self.cells)  # the coarsest rate's
         self.stride = max(*self.cells, self.sd.stride)  # all powers of two
         self.digest, self.true_norms = b"\0\0", False
 
@@ -307,7 +307,7 @@ class OSCAR(nn.Module):
     def denoise(self, z_tilde: Tensor, r: int) -> Tensor:
         """Eq. 5: z_hat from z_tilde, seen as a diffusion state at the rate's pseudo timestep."""
         unet, t = self.sd.unet, self.t[r]
-        prompt = self.prompt.to(unet.dtype).expand(len(z_tilde), -1, -1)
+        prompt = self.prompt.to(unet.dtype).expand(len(z_tilde), -1, -1)  # (B, 77, D_text)
         out = unet(z_tilde.to(unet.dtype), t, prompt).sample  # (B, C, h, w)
         # Eq. 3: z_hat = (z_tilde - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), or its like for v-prediction
         return self.sd.x0(z_tilde, out, self.sd.alpha_bar[t])
@@ -352,7 +352,7 @@ def G_sim(z_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
 def latents(acc, sd: SD, photos: Photos, cfg: Stage1, seed: int) -> tuple[list[Tensor], list[Tensor]]:
     """(z_0, eps), a batch an entry: this process's share of the latents of the first cfg.measure training
     crops (of all, if the stage trains on fewer), and Eq. 12's noise for them."""
-    count = min(cfg.measure, cfg.steps * cfg.batch)
+    count = min(cfg.measure, cfg.steps * cfg.batch)  # crops, of all processes
     own = torch.arange(count)[acc.process_index::acc.num_processes].split(cfg.batch)
     z, noise = [], []
     for rows in tqdm(own, "measuring", leave=False, disable=None):
@@ -631,7 +631,7 @@ def parse_file(data: bytes, model: OSCAR) -> tuple[int, tuple[int, int], np.ndar
         raise UserError(f"made with another model ({digest.hex()}, not {model.digest.hex()}); see --weights")
     if r >= len(RATES) or not 0 < width * height <= MAX_PIXELS:
         raise UserError(f"claims {width} x {height} pixels (at most {MAX_PIXELS}) at bit-rate number {r}")
-    rows, cols = (math.ceil(n / model.cells[r]) for n in (height, width))
+    rows, cols = (math.ceil(n / model.cells[r]) for n in (height, width))  # of indices
     start = HEAD.size + (model.sd.vae.config.latent_channels if model.true_norms else 0)
     length = start + math.ceil(rows * cols * BITS[r] / 8) + 4
     if len(data) != length:
