@@ -91,7 +91,7 @@ class Stage2(Settings):
 
 
 class JPEGPairs(Crops):
-    """Sample n -> (n, x_lq, x_hq, q): a crop, flipped and turned (ours), and its JPEG, QF uniform in
+    """Sample n -> (n, x_lq, x_hq, q): a crop, flipped and turned as released, and its JPEG, QF uniform in
     qf_min..qf_max (Sec. 4.1). DIFFERS: the release draws three in four from {10, 20, ..., 60}."""
 
     def __init__(self, folders, cfg: Stage1 | Stage2, stride: int, seed: int):
@@ -211,7 +211,7 @@ class CODiff(nn.Module):
         self.sd = SD(base, weights=weights)
         self.cave = cave.eval().requires_grad_(False) if cave else None  # frozen, Sec. 3.3
         if cave:
-            self.proj = nn.Linear(cave.width, self.sd.unet.config.cross_attention_dim)  # to D_text
+            self.proj = nn.Linear(cave.width, self.sd.unet.config.cross_attention_dim)  # as released
         elif cfg.prompt == "learnable":
             self.tokens = nn.Parameter(torch.randn_like(tokens) * 0.02)
         else:
@@ -249,7 +249,7 @@ class CODiff(nn.Module):
         """x_lq (B, 3, H, W) in [-1, 1], sides multiples of `cell` -> (x_hat, z_hat)."""
         z_L = self.sd.encode(x_lq, noise)  # (B, C, H / 8, W / 8)
         z_hat = self.denoise(x_lq, z_L)    # as z_L
-        # Eq. 2; clamped before the losses (ours)
+        # Eq. 2; clamped before the losses, as released
         return self.sd.decode(z_hat).clamp(-1, 1), z_hat
 
 
@@ -346,7 +346,7 @@ def stage2(run, cfg: Stage2, dists: nn.Module) -> None:
     G, D = networks(run, cfg)
     pairs = JPEGPairs(run.data, cfg, G.stride, run.seed + 1)
     acc = run.start(cfg, generator=G, discriminator=D)
-    real = SD(run.base, with_unet=False).to(acc.device)  # makes z_H (ours: the paper names no encoder)
+    real = SD(run.base, with_unet=False).to(acc.device)  # makes z_H, untouched as in the release
     opt_G = torch.optim.AdamW(G.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
     opt_D = torch.optim.AdamW(D.parameters(), cfg.lr_D, weight_decay=cfg.weight_decay)
     G, D, opt_G, opt_D = acc.prepare(G, D, opt_G, opt_D)

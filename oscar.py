@@ -74,7 +74,7 @@ class Stage1(Settings):
     M: int          = setting(48,       320,     "released code: width of the back end", least=2)
     D: int          = setting(16,       32,      "released code: of the codes, Sec. 3.3's M", least=1)
     ema: float      = setting(0.97,     0.8,     "released code: the codebook's decay", most=1)
-    crop: int       = setting(128,      256,     "ours: the paper does not say", least=1)
+    crop: int       = setting(128,      256,     "released code", least=1)
     zoom: int       = setting(2,        1,       "ours: some crops are larger by this, then reduced", least=1)
     jitter: float   = setting(0.2,      0.0,     "ours: of contrast, brightness; nine photos are few")
     period: int     = setting(512,      0,       "ours: as many crops, encoded once; 0: all new")
@@ -99,14 +99,14 @@ class Stage2(Settings):
     lambda_1: float     = setting(1.0,        1.0,      "Sec. 4.1, Eq. 14")
     lambda_2: float     = setting(5e-4,       5e-3,     "Sec. 4.1, Eq. 14")
     rank: int           = setting(16,         16,       "Sec. 4.1", least=1)
-    crop: int           = setting(128,        256,      "ours: the paper does not say", least=1)
+    crop: int           = setting(128,        256,      "released code", least=1)
     zoom: int           = setting(2,          1,        "ours: some crops are larger, then reduced", least=1)
     jitter: float       = setting(0.2,        0.0,      "ours: of contrast, brightness; nine photos are few")
     T_D: int            = setting(0,          0,        "ours: D's timestep, for clean latents", most=999)
     lr: float           = setting(5e-4,       5e-5,     "Sec. 4.1")
     lr_D: float         = setting(2e-4,       5e-5,     "Sec. 4.1: one for both")
     weight_decay: float = setting(1e-5,       1e-5,     "Sec. 4.1")
-    clip: float         = setting(1.0,        1.0,      "ours: gradient norm")
+    clip: float         = setting(1.0,        1.0,      "released code: gradient norm")
     checkpointing: bool = setting(False,      False,    "ours: less memory, more time")
     batch: int          = setting(4,          32,       "Sec. 4.1", least=1)
     steps: int          = setting(240,        100_000,  "Sec. 4.1", least=1)
@@ -300,7 +300,7 @@ class OSCAR(nn.Module):
         self.digest, self.true_norms = b"\0\0", False
 
     def add_lora(self, rank: int) -> OSCAR:
-        """LoRA on the UNet (all but the time embeddings), Sec. 3.4; the VAE stays frozen."""
+        """LoRA on the UNet (but its time embeddings), Sec. 3.4. DIFFERS: the release scales it by 0.5."""
         add_lora(self.sd.unet, rank)
         return self
 

@@ -105,7 +105,8 @@ def verdict(claim: Claim, rows: list[dict], condition: str) -> list[str]:
     if apart is None:
         said = "one seed: not known"
     else:
-        said = "not told apart" if not apart else "**reproduced**" if mean(pairs) > 0 else "**reversed**"
+        same = f"same sign, but {claim.but}" if claim.but else "**reproduced**"
+        said = "not told apart" if not apart else same if mean(pairs) > 0 else "**reversed**"
     here = f"{number(a, claim.metric, pairs)}, {number(b, claim.metric)}"
     return [claim.says, claim.paper, f"{condition}: {claim.metric} {here}", said]
 

@@ -31,13 +31,18 @@ class Choice:
 @dataclass
 class Claim:
     """That `better` beats `worse`, as the paper says and measures it; here by the column `metric`, under
-    `condition`, or the paper's CONDITION."""
+    `condition`, or the paper's CONDITION. `but`: why the same sign here is no evidence."""
     says: str
     better: str
     worse: str
     paper: str
     metric: str = "PSNR"
     condition: str = ""
+    but: str = ""
+
+    def __post_init__(self):
+        if self.metric == "detail":
+            self.but = self.but or "*detail* counts noise and blocks, too"
 
 
 # ------------------------------------------------------------------------------------------- values
