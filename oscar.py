@@ -352,8 +352,8 @@ def G_sim(z_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
 def latents(acc, sd: SD, photos: Photos, cfg: Stage1, seed: int) -> tuple[list[Tensor], list[Tensor]]:
     """(z_0, eps), a batch an entry: this process's share of the latents of the first cfg.measure training
     crops (of all, if the stage trains on fewer), and Eq. 12's noise for them."""
-    count = min(cfg.measure, cfg.steps * cfg.batch)  # crops, of all processes
-    own = torch.arange(count)[acc.process_index::acc.num_processes].split(cfg.batch)
+    share = math.ceil(min(cfg.measure, cfg.steps * cfg.batch) / acc.num_processes)  # crops, as many for each
+    own = (acc.process_index + acc.num_processes * torch.arange(share)).split(cfg.batch)
     z, noise = [], []
     for rows in tqdm(own, "measuring", leave=False, disable=None):
         n, x = torch.utils.data.default_collate([photos[i] for i in rows.tolist()])

@@ -1,11 +1,14 @@
 """What more than one test file needs."""
 
 import contextlib
+import fcntl
 import functools
 import importlib
 import io
+import json
 import multiprocessing
 import os
+import shutil
 import socket
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what the tests compare bit for bit is so on CPUs alone
@@ -13,13 +16,88 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what the tests compare bit for bit is
 import lpips
 import pytest
 import torch
+import torch.nn.functional as F
 
-import common
+from common import PHOTOS
+from data.files import load_tensors
+from data.pictures import read_image
+from data.runs import Run, run_cli
 
 del lpips.LPIPS  # with a network or without: LPIPS and DISTS show as '-' here
-
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # two workers share two cores
+
+SCRIPTS = ("codiff", "sodiff", "oscar", "moe_diffir")
+CAT = read_image(PHOTOS / "val" / "chelsea.png")[0]
+
+# A script's shortest training: four steps a stage, saved every second, networks as narrow as they may be.
+STEPS = {"steps": 4, "save-every": 2, "batch": 2, "crop": 64}
+NARROW = {"codiff": [],
+          "sodiff": ["--s1-width", 24, "--s2-widths", "16,16,16,32"],
+          "oscar": ["--s1-N", 16, "--s1-M", 16, "--s1-D", 8, "--s1-measure", 8],
+          "moe_diffir": ["--s1-width", 16, "--s1-heads", 2, "--cache-latents", 5]}
+
+
+def train_args(script: str, out, photos, *more) -> list[str]:
+    """(Of two equal flags the later counts.) MoE-DiffIR trains on what it is evaluated on."""
+    steps = [word for stage in (1, 2) for k, v in STEPS.items() for word in (f"--s{stage}-{k}", v)]
+    data = ["--data", photos] if script == "moe_diffir" else []
+    return [*map(str, ("train", "--out", out, "--val", photos, *data, *steps, *NARROW[script], *more))]
+
+
+# ---- one training a script, for all tests of all workers
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """once(name, make): the folder `name`, in which one worker has called make(folder)."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def once(name, make):
+        with open(base / f"{name}.lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second waits, and finds it made
+            if not (base / f"{name}.done").exists():
+                (base / name).mkdir()
+                make(base / name)
+                (base / f"{name}.done").touch()
+        return base / name
+    return once
+
+
+@pytest.fixture(scope="session")
+def photos(shared):
+    """Two photographs of odd sizes, with captions."""
+    def make(folder):
+        CAT.crop((100, 40, 233, 131)).save(folder / "cat.png")
+        read_image(PHOTOS / "val" / "flower.jpg")[0].crop((250, 150, 357, 251)).save(folder / "flower.png")
+        lines = [json.dumps({"file": f"{name}.png", "caption": f"a {name}"}) for name in ("cat", "flower")]
+        (folder / "captions.jsonl").write_text("\n".join(lines))
+    return shared("photos", make)
+
+
+@pytest.fixture(scope="session")
+def trained(shared, photos):
+    """trained(script): its shortest training, from a folder that is not the repo's. Not to be changed."""
+    @functools.cache
+    def run_of(name: str) -> Trained:
+        script = importlib.import_module(name)
+
+        def make(folder):
+            printed = said_by(script.main, train_args(name, folder / "run", photos), folder)
+            (folder / "printed").write_text(printed)
+        return Trained(script, shared(name, make))
+    return run_of
+
+
+class Trained:
+    def __init__(self, script, folder):
+        self.name, self.script, self.folder = script.__name__, script, folder / "run"
+        self.printed = (folder / "printed").read_text()
+
+    @functools.cached_property
+    def model(self):
+        return self.script.load(self.folder)
 
 
 def said_by(main, args: list[str], cwd) -> str:
@@ -29,45 +107,104 @@ def said_by(main, args: list[str], cwd) -> str:
     return out.getvalue()
 
 
+def before_stage_2(run, out):
+    """A copy of a run as stage 1 left it."""
+    shutil.copytree(run.folder, out)
+    (out / "last" / "stage2.safetensors").unlink()
+    return out
+
+
+def rows_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same_run(one, two) -> None:
+    """Folders of two runs hold the same files, losses, figures and weights, and nothing half written."""
+    files = {p.relative_to(one) for p in one.rglob("*") if p.is_file()}
+    assert files == {p.relative_to(two) for p in two.rglob("*") if p.is_file()}
+    for name in files:
+        if name.suffix == ".safetensors" and name.parent.name == "model":
+            a, b = (load_tensors(folder / name)[0] for folder in (one, two))
+            assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+        elif name.name in ("log.jsonl", "metrics.json", "mapping.json") or name.suffix == ".npy":
+            assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
 @pytest.fixture
 def no_evaluation(monkeypatch):
     """For tests that look at a training alone."""
-    monkeypatch.setattr(common.Run, "evaluate", lambda *_: None)
+    monkeypatch.setattr(Run, "evaluate", lambda *_: None)
 
 
-def same_run(one, two, *more: str) -> None:
-    """Folders of two runs hold the same losses, figures, weights and other files, and nothing half written."""
-    for name in ("log.jsonl", "metrics.json", *more):
-        assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    for name in ("stage1.safetensors", "stage2.safetensors"):
-        a, b = (common.load_tensors(folder / "model" / name)[0] for folder in (one, two))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
-    assert not [p for p in one.rglob(".*") if p.is_file()]
+# ---- what a user is told, and what a loss moves
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """refused(main, args): the one line, with exit code 2, in which a command says what its user can mend."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def line(main, args) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run_cli(lambda: main([*map(str, args)]))
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and "Traceback" not in said
+        return said.strip().splitlines()[-1]
+    return line
+
+
+def moved_by(loss, module) -> set[str]:
+    """The parameters of the module that the loss has a gradient for."""
+    names, parameters = zip(*((k, p) for k, p in module.named_parameters() if p.requires_grad))
+    grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return {k for k, g in zip(names, grads) if g is not None and g.any()}
+
+
+def tops(names) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def are_binary_cross_entropy(loss_G, loss_D) -> None:
+    fake, real = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
+    ones, zeros, bce = torch.ones_like(fake), torch.zeros_like(fake), F.binary_cross_entropy_with_logits
+    assert torch.allclose(loss_G(fake), bce(fake, ones))
+    assert torch.allclose(loss_D(fake, real), bce(fake, zeros) + bce(real, ones))
+
+
+def alpha_bars():
+    """SD's schedule: betas are squares of evenly spaced roots."""
+    return torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000)**2, 0)
+
+
+# ---- other processes
 
 
 def child_processes():
-    """Their server imports what they need once, for all of this file's and test_codiff.py's."""
+    """Their server imports once what they need."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["tests.preload"])  # from the repo: Python 3.11 knows no other path there
+    processes.set_forkserver_preload(["tests.preload"])  # from the repo: Python 3.11 knows no other
     return processes
 
 
-def as_here(main, args: list[str], threads: int) -> None:
-    """Runs main(args) in a child process; only with the parent's number of threads are sums the same bit for bit."""
+def as_here(script: str, args: list[str], threads: int) -> None:
+    """A command in a child process; with as many threads as here, sums are the same bit for bit."""
     torch.set_num_threads(threads)
-    main(args)
+    importlib.import_module(script).main(args)
 
 
-@pytest.fixture(scope="session")
-def two_processes(tmp_path_factory):
-    """two_processes(script, args): the command in two CPU processes (gloo), each with half of the batch; what both
-    print."""
+@pytest.fixture
+def two_processes(tmp_path):
+    """two_processes(script, args): the command in two CPU processes (gloo), each with half of the batch; what
+    both print."""
     def train(script, args, codes=(0, 0), evaluate=False):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        printed = [tmp_path_factory.mktemp(script) / f"printed{rank}" for rank in (0, 1)]
-        children = [child_processes().Process(target=one_of_two, args=(rank, port, script, args, printed[rank], evaluate)) for rank in (0, 1)]
+        printed = [tmp_path / f"printed{rank}" for rank in (0, 1)]
+        children = [child_processes().Process(target=one_of_two,
+                                              args=(rank, port, script, args, printed[rank], evaluate))
+                    for rank in (0, 1)]
         [child.start() for child in children]
         [child.join() for child in children]
         said = [p.read_text() for p in printed]
@@ -84,6 +221,6 @@ def one_of_two(rank: int, port: int, script: str, args: list[str], printed, eval
                    "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     if not evaluate:
-        common.Run.evaluate = lambda *_: None
+        Run.evaluate = lambda *_: None
     with open(printed, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        common.run_cli(functools.partial(importlib.import_module(script).main, args))
+        run_cli(functools.partial(importlib.import_module(script).main, args))

@@ -1,43 +1,58 @@
-"""data/results/ablations.py and pages.py: what is run, what the tables say of it, and that the pages say the same."""
+"""data/results/ablations.py and pages.py: what is run, what tables say of it, that the pages say the same."""
 
 import importlib
 import json
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from common import ROOT, UserError
-from data.results import ablations, pages
-from data.results.pages import CHOICES, CLAIMS, COLUMNS, HERE, Claim, differs, verdict
+from data.files import ROOT, UserError
+from data.results import ablations, pages, seeds
+from data.results.pages import verdict
+from data.results.seeds import DEFAULT, SHIPS, Claim, differs
+from data.results.tables import HERE, paper, papers
 
 
-@pytest.mark.parametrize("script, flags", [(s, c.flags) for s, choices in CHOICES.items() for c in choices])
+def test_every_script_is_measured():
+    assert papers() == ["codiff", "moe_diffir", "oscar", "sodiff"]
+    for name in ("evaluate", "complexity", "figures", "ablations", "pages", "seeds", "tables"):  # know none
+        text = (HERE / f"{name}.py").read_text().lower()
+        assert not [script for script in papers() if script in text], name
+
+
+@pytest.mark.parametrize("script, flags", [(s, c.flags) for s in papers() for c in paper(s).CHOICES])
 def test_flags_are_the_scripts(script, flags, tmp_path):
+    args = ["train", *shlex.split(flags), "--data", str(tmp_path / "nowhere")]
     with pytest.raises(UserError, match="nowhere"):  # the flags have been read when the folder is looked for
-        importlib.import_module(script).main(["train", *shlex.split(flags), "--data", str(tmp_path / "nowhere")])
+        importlib.import_module(script).main(args)
 
 
-@pytest.mark.parametrize("script", CHOICES)
+@pytest.mark.parametrize("script", papers())
 def test_claims_compare_choices(script):
-    names = [c.name for c in CHOICES[script]]
-    assert len(set(names)) == len(names) and names[0] == pages.DEFAULT
-    assert {name for claim in CLAIMS[script] for name in (claim.better, claim.worse)} <= set(names)
+    names = [c.name for c in paper(script).CHOICES]
+    assert len(set(names)) == len(names) and names[0] == DEFAULT
+    assert {name for claim in paper(script).CLAIMS for name in (claim.better, claim.worse)} <= set(names)
+    assert {paper(script).AGAINST, paper(script).EXERCISE[0]} <= {*names, None}
 
 
 def rows_of(**values):
     """{choice: PSNR of seeds 0, 1, ...}"""
-    return [{"choice": name, "seed": seed, "figures": {"QF": {"PSNR": v}}} for name, vs in values.items() for seed, v in enumerate(vs) if v is not None]
+    return [{"choice": name, "seed": seed, "figures": {"QF": {"PSNR": v}}} for name, vs in values.items()
+            for seed, v in enumerate(vs) if v is not None]
 
 
 def test_differences_are_taken_seed_by_seed():
     rows = rows_of(a=[3.0, 5.0, None, 4.0], b=[2.5, None, 1.0, 4.5])
-    assert pages.differences(rows, "a", "b", ("QF", "PSNR")) == [0.5, -0.5] and pages.differences(rows, "a", "c", ("QF", "PSNR")) == []
+    assert seeds.differences(rows, "a", "b", ("QF", "PSNR")) == [0.5, -0.5]
+    assert seeds.differences(rows, "a", "c", ("QF", "PSNR")) == []
 
 
 def test_apart_is_a_paired_t_test():
-    """Three differences of deviation 1: beyond 4.303 standard errors of sqrt(1 / 3), Student's 97.5 % for two degrees of freedom."""
+    """Three differences of deviation 1: beyond 4.303 standard errors of sqrt(1 / 3), Student's 97.5 % for two
+    degrees of freedom."""
     for shift, apart in ((2.47, False), (2.50, True), (-2.50, True)):
         assert differs([shift - 1, shift, shift + 1]) == apart
     assert differs([1.0]) is None and differs([]) is None and differs([0.0, 0.0]) is False
@@ -46,7 +61,8 @@ def test_apart_is_a_paired_t_test():
 def test_verdicts():
     def said(better, worse):
         return verdict(Claim("a is better", "a", "b", ""), rows_of(a=better, b=worse), "QF")[2:]
-    assert said([3, 3.2, 3.1], [2, 2.2, 2.11]) == ["QF: PSNR 3.10 ± 0.10 (**+1.00**), 2.10 ± 0.10", "**reproduced**"]
+    told = ["QF: PSNR 3.10 ± 0.10 (**+1.00**), 2.10 ± 0.10", "**reproduced**"]
+    assert said([3, 3.2, 3.1], [2, 2.2, 2.11]) == told
     assert said([2, 2.2, 2.11], [3, 3.2, 3.1])[1] == "**reversed**"
     assert said([2, 4, 3], [1, 2.5, 3.5])[1] == "not told apart"
     assert said([2], [1])[1] == "one seed: not known" and said([], [1])[1] == "not run"
@@ -54,7 +70,7 @@ def test_verdicts():
 
 @pytest.fixture
 def trainings(monkeypatch, tmp_path):
-    """The commands run, in the place of running them: a training takes its seed for its PSNR, `--losses l2` fails."""
+    """The commands run, without running them: a training takes its seed for its PSNR, `--losses l2` fails."""
     commands = []
 
     def run(command, env=None, **_):
@@ -70,34 +86,47 @@ def trainings(monkeypatch, tmp_path):
         out.mkdir(exist_ok=True)
         (out / "config.json").touch()
         (out / "log.jsonl").write_text('{"right": 0.2}\n{"right": 0.7}\n')
-        row = {name: 20.0 + (int(out.name[-1]) if "train" in command or "-" in out.name else 0) for _, name in COLUMNS["codiff"]} | {"DISTS": None}
-        beside = {name: {"PSNR": psnr} for name, psnr in (("compressed", 18), ("compressed, blurred", 19), ("VAE(compressed)", 20), ("VAE(original)", 30))}
-        results = {condition: beside | {"restored": row} for condition in ("JPEG QF 1", "JPEG QF 5", "JPEG QF 10")}
+        value = 20.0 + (int(out.name[-1]) if "train" in command or "-" in out.name else 0)
+        row = {name: value for _, name in paper("codiff").COLUMNS} | {"DISTS": None}
+        beside = {"compressed": 18, "compressed, blurred": 19, "VAE(compressed)": 20, "VAE(original)": 30}
+        results = {f"JPEG QF {qf}": {k: {"PSNR": v} for k, v in beside.items()} | {"restored": row}
+                   for qf in (1, 5, 10)}
         (out / "metrics.json").write_text(json.dumps({"results": results}))
         return SimpleNamespace(returncode=0, stdout="")
     monkeypatch.setattr(ablations.subprocess, "run", run)
     return commands
 
 
-PAGE = "before\n" + "".join(f"<!-- {name} -->\nformer\n<!-- end of {name} -->\n" for name in ("default", "ablations", "expected")) + "after\n"
+def page(*names) -> str:
+    return "".join(f"<!-- {name} -->\nformer\n<!-- end of {name} -->\n" for name in names)
+
+
+PAGE = f"before\n{page('default', 'ablations', 'expected')}after\n"
+
+
+def run(tmp_path, *args) -> None:
+    """Seed 0 of codiff's runs, in tmp_path."""
+    out = ["--out", tmp_path, "--results", tmp_path, "--seeds", 1]
+    ablations.main(["codiff", *map(str, (*out, *args))])
 
 
 def test_every_run_is_done_once_and_one_that_fails_is_named(trainings, tmp_path):
-    page = tmp_path / "codiff.md"
-    page.write_text(PAGE)
-    args = ["codiff", "--seeds", "2", "--only", "default", "l2", "--out", str(tmp_path / "runs"), "--results", str(tmp_path), "--data", str(tmp_path)]
+    (tmp_path / "codiff.md").write_text(PAGE)
     for trained, measured in ((4, 2), (6, 2)):  # the second time only what failed
         with pytest.raises(UserError, match="2 of the runs failed: .*l2, seed [01]: no memory"):
-            ablations.main(args)
-        assert [c[0] for c in trainings].count("train") == trained and [c[0] for c in trainings].count("eval") == measured
+            run(tmp_path, "--seeds", 2, "--only", "default", "l2", "--data", tmp_path)
+        commands = [c[0] for c in trainings]
+        assert (commands.count("train"), commands.count("eval")) == (trained, measured)
     rows = json.loads((tmp_path / "codiff.json").read_text())
-    assert [(r["choice"], r["seed"], r["commit"], r["figures"]["D"]) for r in rows] == [("default", s, "abc", {"right": 0.7}) for s in (0, 1)]
+    assert [(r["choice"], r["seed"], r["commit"]) for r in rows] == [("default", s, "abc") for s in (0, 1)]
+    assert all(r["figures"]["D"] == {"right": 0.7} for r in rows)
     assert str(tmp_path) not in json.dumps(rows)  # nothing of the machine's folders
-    text = page.read_text()
+    text = (tmp_path / "codiff.md").read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "former" not in text
-    assert "| 20.50 ± 0.71 |" in text and "| default: JPEG QF 10 | 20.50 ± 0.71 |" in text and "not run" in text and "commit abc" in text
+    for said in ("| 20.50 ± 0.71 |", "| default: JPEG QF 10 | 20.50 ± 0.71 |", "not run", "commit abc"):
+        assert said in text
     with pytest.raises(UserError, match="--only nothing: choose from default, learnable"):
-        ablations.main(["codiff", "--only", "nothing"])
+        run(tmp_path, "--only", "nothing")
 
 
 def test_what_changes_stage_2_alone_goes_on_from_the_defaults_stage_1(trainings, tmp_path):
@@ -107,7 +136,7 @@ def test_what_changes_stage_2_alone_goes_on_from_the_defaults_stage_1(trainings,
     (default / "last").mkdir(parents=True)
     for name in ("config.json", "metrics.json", "last/stage1.safetensors", "last/stage2.safetensors"):
         (default / name).write_text("{}")
-    ablations.main(["codiff", "--only", "l2-gan", "empty", "--seeds", "1", "--out", str(tmp_path), "--results", str(tmp_path)])
+    run(tmp_path, "--only", "l2-gan", "empty")
     resumed = {c[2][len(str(tmp_path)):]: "--resume" in c for c in trainings if c[0] == "train"}
     assert resumed == {"/codiff/l2-gan-0": True, "/codiff/empty-0": False}
     assert [p.name for p in (tmp_path / "codiff" / "l2-gan-0" / "last").iterdir()] == ["stage1.safetensors"]
@@ -119,29 +148,32 @@ def test_the_weights_that_ship_are_measured_and_not_trained(trainings, tmp_path,
     (tmp_path / "codiff.md").write_text(PAGE)
     monkeypatch.setattr(ablations, "ROOT", tmp_path)
     monkeypatch.setattr(ablations, "SHIPPED", tmp_path / "runs")
-    (tmp_path / "runs" / "codiff-shipped").mkdir(parents=True)
-    ablations.main(["codiff", "--only", "default", "--seeds", "1", "--out", str(tmp_path / "runs"), "--results", str(tmp_path)])
-    (tmp_path / "runs" / "codiff-shipped" / "metrics.json").write_text((tmp_path / "runs" / "codiff" / "default-0" / "metrics.json").read_text())
-    ablations.main(["codiff", "--only", "shipped", "--out", str(tmp_path / "runs"), "--results", str(tmp_path)])
+    shipped = tmp_path / "runs" / "codiff-shipped"
+    shipped.mkdir(parents=True)
+    run(tmp_path, "--only", "default")
+    shutil.copy(tmp_path / "codiff" / "default-0" / "metrics.json", shipped)
+    run(tmp_path, "--only", "shipped")
     assert [c[0] for c in trainings] == ["train", "eval", "eval"]
     assert "| restored, weights that ship | 20.00 |" in (tmp_path / "codiff.md").read_text()
 
 
 def test_what_commands_print_comes_onto_the_page(trainings, tmp_path):
-    (tmp_path / "codiff.md").write_text(PAGE + "".join(f"<!-- {name} -->\n\n<!-- end of {name} -->\n" for name in ("cost", "time", "figures")))
+    (tmp_path / "codiff.md").write_text(PAGE + page("cost", "time", "figures"))
     for only in ("default", "printed"):
-        ablations.main(["codiff", "--only", only, "--seeds", "1", "--out", str(tmp_path), "--results", str(tmp_path), "--data", str(tmp_path)])
-    text = (tmp_path / "codiff.md").read_text()
-    assert "```\nfigures says\nthis\n```" in text and "`python codiff.py profile --size 1024` (" in text and "20.00" in text
-    assert [c for c in trainings if c[0] == "figures"] == [["figures", f"--weights={tmp_path}/codiff/default-0", "--data", str(tmp_path),
-                                                             f"--against={tmp_path}/codiff/explicit-0"]]
+        run(tmp_path, "--only", only, "--data", tmp_path)
+    text, folder = (tmp_path / "codiff.md").read_text(), tmp_path / "codiff"
+    for said in ("```\nfigures says\nthis\n```", "`python codiff.py profile --size 1024` (", "20.00"):
+        assert said in text
+    drawn, = (c for c in trainings if c[0] == "figures")
+    of = [f"--weights={folder}/default-0", "--data", str(tmp_path), f"--against={folder}/explicit-0"]
+    assert drawn == ["figures", *of]
     assert str(tmp_path) not in text
 
 
 def test_figures_of_another_commit_or_version_are_named(trainings, tmp_path, capsys):
-    page, path = tmp_path / "codiff.md", tmp_path / "codiff.json"
-    page.write_text(PAGE)
-    ablations.main(["codiff", "--seeds", "1", "--only", "default", "--out", str(tmp_path), "--results", str(tmp_path)])
+    path = tmp_path / "codiff.json"
+    (tmp_path / "codiff.md").write_text(PAGE)
+    run(tmp_path, "--only", "default")
     path.write_text(path.read_text().replace("abc", "def"))
     pages.main(["--results", str(tmp_path)])
     assert "another commit (def)" in capsys.readouterr().err
@@ -149,13 +181,13 @@ def test_figures_of_another_commit_or_version_are_named(trainings, tmp_path, cap
         path.write_text(text)
         with pytest.raises(UserError, match=says):
             pages.main(["--results", str(tmp_path)])
-    page.write_text("no comments")
+    (tmp_path / "codiff.md").write_text("no comments")
     path.write_text("[]")
     with pytest.raises(UserError, match="comments"):
         pages.main(["--results", str(tmp_path)])
 
 
-@pytest.mark.parametrize("script", CHOICES)
+@pytest.mark.parametrize("script", papers())
 def test_pages_say_what_the_figures_do(script):
     path = HERE / f"{script}.json"
     if path.exists():
@@ -165,22 +197,25 @@ def test_pages_say_what_the_figures_do(script):
 
 
 def test_the_readme_says_what_the_figures_do():
-    figures = {script: json.loads(path.read_text()) for script in CHOICES if (path := HERE / f"{script}.json").exists()}
-    if figures.keys() == CHOICES.keys():
-        assert f"<!-- results -->\n{pages.summary(figures)}\n<!-- end of results -->" in (ROOT / "README.md").read_text()
+    paths = {script: HERE / f"{script}.json" for script in papers()}
+    if all(path.exists() for path in paths.values()):
+        table = pages.summary({script: json.loads(path.read_text()) for script, path in paths.items()})
+        assert f"<!-- results -->\n{table}\n<!-- end of results -->" in (ROOT / "README.md").read_text()
 
 
 def test_what_else_a_default_run_measures_stands_beside_the_weights_that_ship():
-    rows = [{"choice": choice, "seed": seed, "commit": "", "machine": "", "seconds": None, "bundled": {}, "figures": {"rank correlation": {"tau": tau}}}
-            for choice, seed, tau in ((pages.DEFAULT, 0, -0.5), (pages.DEFAULT, 1, -0.7), (pages.SHIPS, 0, -0.9))]
-    table = pages.default_table("sodiff", rows)
+    other = {"commit": "", "machine": "", "seconds": None, "bundled": {}}
+    rows = [other | {"choice": choice, "seed": seed, "figures": {"rank correlation": {"tau": tau}}}
+            for choice, seed, tau in ((DEFAULT, 0, -0.5), (DEFAULT, 1, -0.7), (SHIPS, 0, -0.9))]
+    table = pages.default_block("sodiff", rows)
     assert "| rank correlation with the true QF | tau |" in table and "predicted QF" not in table
     assert "| default run | -0.600 ± 0.141 |\n| weights that ship | -0.900 |" in table
 
 
 def test_gains():
     """JPEG 20 dB, blurred 21, VAE(JPEG) 22, VAE(original) 32; restored 24 and 26."""
-    rows = [{"choice": pages.DEFAULT, "figures": {"QF": {"PSNR": v}} | {f"QF, {name}": {"PSNR": x} for name, x in (
-        ("compressed", 20.0), ("compressed, blurred", 21.0), ("VAE(compressed)", 22.0), ("VAE(original)", 32.0))}} for v in (24.0, 26.0)]
-    assert pages.gains(rows, pages.DEFAULT, "QF") == ["+5.00 ± 1.41", "+4.00 ± 1.41", "30.0 %"]
-    assert pages.gains(rows, pages.SHIPS, "QF") == ["-"] * 3
+    beside = {"compressed": 20.0, "compressed, blurred": 21.0, "VAE(compressed)": 22.0, "VAE(original)": 32.0}
+    figures = {f"QF, {name}": {"PSNR": v} for name, v in beside.items()}
+    rows = [{"choice": DEFAULT, "figures": figures | {"QF": {"PSNR": v}}} for v in (24.0, 26.0)]
+    assert seeds.gains(rows, DEFAULT, "QF") == ["+5.00 ± 1.41", "+4.00 ± 1.41", "30.0 %"]
+    assert seeds.gains(rows, SHIPS, "QF") == ["-"] * 3

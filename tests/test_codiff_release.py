@@ -7,58 +7,34 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from PIL import Image
 
 import codiff
 from codiff import CaVE, Stage1
-from common import ROOT, UserError
+from common import to_image, to_tensor
+from conftest import CAT
 from data import convert
+from data.files import ROOT, UserError
+from data.tiles import tiling
 
 sys.path.append(str(ROOT / "tests" / "oracles"))
 from fill import fill_state_dict, fill_value  # noqa: E402
+from release import lora, save_base, unet_lora  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
     """(folder of the base, cave.pth, codiff.pkl): every weight filled from its name, keys as released."""
     folder = tmp_path_factory.mktemp("release")
-    unet = UNet2DConditionModel(block_out_channels=(32, 64, 64, 64), attention_head_dim=(2, 4, 4, 4),
-                                cross_attention_dim=1024, use_linear_projection=True)
-    vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-                        block_out_channels=(32, 32, 64, 64), latent_channels=4, layers_per_block=2)
-    fill_state_dict(unet).save_pretrained(folder / "base" / "unet")
-    fill_state_dict(vae).save_pretrained(folder / "base" / "vae")
-    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    scheduler.save_pretrained(folder / "base" / "scheduler")
+    unet, vae = save_base(folder / "base")
     cave = fill_state_dict(CaVE(Stage1.paper().widths, Stage1.paper().blocks))
     torch.save(cave.state_dict(), folder / "cave.pth", _use_new_zipfile_serialization=False)
-
-    def lora(model, wanted, adapter):
-        out = {}
-        for name, m in model.named_modules():
-            if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) and wanted(name):
-                w = m.weight
-                b = (w.shape[0], 16, *[1] * (w.dim() - 2))
-                for k, shape in {"A": (16, *w.shape[1:]), "B": b}.items():
-                    key = f"{name}.lora_{k}.{adapter(name)}.weight"
-                    out[key] = 0.5 * fill_value(key, shape)
-        return out
-
-    def adapter_of(name):
-        if name.startswith(("up_blocks", "conv_out")):
-            return "default_decoder"
-        return "default_others" if name.startswith("mid_block") else "default_encoder"
-    unet_lora = lora(unet, lambda name: "time_emb" not in name, adapter_of)
-    for k in ("weight", "bias"):
-        value, key = unet.state_dict()[f"conv_in.{k}"], f"conv_in.base_layer.{k}"
-        unet_lora[key] = value + 0.1 * fill_value(key, value.shape)
-    vae_lora = lora(vae, lambda name: name.startswith(("encoder", "quant_conv")), lambda _: "default_encoder")
-    assert (len(unet_lora), len(vae_lora)) == (516, 62)
+    of_unet = unet_lora(unet, 0.1)
+    of_vae = lora(vae, lambda name: name.startswith(("encoder", "quant_conv")), lambda _: "default_encoder")
+    assert (len(of_unet), len(of_vae)) == (516, 62)
     proj = {k: fill_value(f"proj.{k}", shape) for k, shape in (("weight", (1024, 512)), ("bias", (1024,)))}
     torch.save({"rank_unet": 16, "rank_vae": 16, "unet_lora_encoder_modules": ["conv_in"],
-                "vae_lora_encoder_modules": ["quant_conv"], "state_dict_unet": unet_lora,
-                "state_dict_vae": vae_lora, "proj": proj}, folder / "codiff.pkl")
+                "vae_lora_encoder_modules": ["quant_conv"], "state_dict_unet": of_unet,
+                "state_dict_vae": of_vae, "proj": proj}, folder / "codiff.pkl")
     return folder / "base", folder / "cave.pth", folder / "codiff.pkl"
 
 
@@ -88,22 +64,16 @@ def test_released_checkpoints_compute_what_the_release_computes(run):
         assert np.abs(value.numpy() - expected[name]).max() < 1e-3, name
 
 
-def test_restore_takes_a_converted_run(run, tmp_path):
-    photo = Image.open(ROOT / "data" / "photos" / "val" / "chelsea.png").crop((100, 20, 380, 100))
-    photo.save(tmp_path / "a.png")
-    codiff.main(["restore", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png"), "--weights", str(run),
-                 "--tile", "256"])
-    assert Image.open(tmp_path / "b.png").size == (280, 80)
-
-
 @pytest.mark.parametrize("height, width", [(64, 96), (160, 32)])
 def test_restore_pads_no_further_than_cave_needs(run, height, width):
-    """The UNet's three strides would ask for multiples of 64; the release runs it on any latent, and so do we."""
-    G = codiff.load(run)
-    photo = Image.open(ROOT / "data" / "photos" / "val" / "chelsea.png").crop((100, 20, 100 + width, 20 + height))
+    """The UNet's three strides would ask for multiples of 64; the release runs it on any latent."""
+    G, photo = codiff.load(run), CAT.crop((100, 20, 100 + width, 20 + height))
     with torch.inference_mode():
-        plain = codiff.to_image(G(codiff.to_tensor(photo)[None])[0][0])
-    assert G.multiple == 64 and np.array_equal(codiff.restore(G, photo, "none"), plain)
+        plain = to_image(G(to_tensor(photo)[None])[0][0])
+    assert G.stride == 64 and np.array_equal(codiff.restore(G, photo, "none"), plain)
+    if height == 64:  # and in windows
+        wide = CAT.crop((100, 20, 380, 100))
+        assert codiff.restore(G, wide, tiles=tiling(G, 256)(wide.size)).size == (280, 80)
 
 
 def test_caves_decoder_is_left_out(run):

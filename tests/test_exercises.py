@@ -20,7 +20,8 @@ def test_an_exercise_is_red_and_its_solution_green(script, tmp_path):
     exercise = (ROOT / "tests" / "exercises" / f"test_{script}.py").read_text()
     solution = re.search(r"^## Solutions\n.*?^```python\n(.*?)^```", page(script), re.M | re.S)[1]
     name = re.search(r"^def (\w+)", solution, re.M)[1]
-    todo = re.compile(rf'^def {name}\(.*?raise NotImplementedError\("this is what you write"\)\n', re.M | re.S)
+    missing = r'raise NotImplementedError\("this is what you write"\)\n'
+    todo = re.compile(rf"^def {name}\(.*?{missing}", re.M | re.S)
     assert len(todo.findall(exercise)) == 1
     solved = todo.sub(lambda _: solution, exercise)
     for text, outcomes in ((exercise, {"red"}), (solved, {"green"})):
@@ -53,5 +54,5 @@ def test_exercises_are_not_collected_by_default(request):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_page_has_ten_stops(script):
-    stops = re.findall(r"^\| (\d+) \|.*\| `[\w.]+` \|$", page(script), re.M)  # that the names exist: test_readme.py
+    stops = re.findall(r"^\| (\d+) \|.*\| `[\w.]+` \|$", page(script), re.M)  # (test_readme.py: they exist)
     assert [int(n) for n in stops] == list(range(1, 11))

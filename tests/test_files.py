@@ -1,26 +1,21 @@
-"""What people's files really contain, and what happens around them: one kind of fault a test, each with the right
-value. Inputs are made here."""
+"""What people's files really contain, and what happens around them: one kind of fault a test, each with the
+right value. Inputs are made here."""
 
 import io
 import json
 import os
-import signal
 import struct
-import subprocess
 import sys
-import time
-from pathlib import Path
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-import codiff
-import oscar
-import sodiff
-from common import PHOTOS, ROOT, TINY_SD, UserError, list_images, outputs, read_image, restore_files, run_cli
-from data.files import LOCKS, each_file, in_repo, load_tensors, lock
-from data.results.evaluate import Metrics, mean, read_all
+from data.captions import read_captions
+from data.files import UserError, atomic, each_file, list_images, outputs, write_json
+from data.pictures import read_image, restore_files
+from data.runs import run_cli
 
 COLOUR = Image.new("RGB", (24, 16), (200, 20, 20))
 
@@ -33,6 +28,21 @@ def saved(folder, name, image=COLOUR, **options):
 
 
 # ---- reading
+
+
+def test_read_image_covers_modes_alpha_and_orientation(tmp_path):
+    def read(image, name, **options):
+        return read_image(saved(tmp_path, name, image, **options))
+    grey16 = Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16))
+    assert np.array(read(grey16, "16.png")[0])[0, :, 0].tolist() == [0, 100, 255]
+    assert read(Image.new("CMYK", (4, 3), (255, 0, 0, 0)), "c.tif")[0].getpixel((0, 0))[0] < 60
+    assert read(Image.new("RGB", (4, 3), "red").convert("P"), "p.png")[0].getpixel((0, 0)) == (255, 0, 0)
+    rgb, alpha = read(Image.new("RGBA", (4, 3), (0, 0, 0, 51)), "a.png")
+    assert rgb.getpixel((0, 0)) == (0, 0, 0) and alpha.getpixel((0, 0)) == 51
+    assert read_image(tmp_path / "a.png", on_white=True)[0].getpixel((0, 0)) == (204, 204, 204)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert read(Image.new("RGB", (4, 3)), "e.jpg", exif=exif)[0].size == (3, 4)
 
 
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "P"])
@@ -50,9 +60,10 @@ def test_the_colour_under_alpha_stays_and_so_does_alpha(tmp_path, kind):
     assert np.asarray(on_white, int).mean() >= np.asarray(rgb, int).mean()
 
 
-TO_XYZ = {"Adobe RGB": [[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]],
-          "Display P3": [[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]],
-          "sRGB": [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]}  # D50
+TO_XYZ = {  # D50
+    "Adobe RGB": [[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]],
+    "Display P3": [[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]],
+    "sRGB": [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]}
 
 
 def profile_of(matrix, gamma: float) -> bytes:
@@ -85,7 +96,8 @@ def test_a_colour_profile_is_converted_to_srgb(tmp_path, name):
     picture = saved(tmp_path, "p.png", numbers, icc_profile=profile_of(TO_XYZ[name], 2.2))
     got = np.asarray(read_image(picture)[0], int)
     assert np.abs(got - inside).mean() < 1.5 and np.abs(np.asarray(numbers, int) - inside).mean() > 4
-    same = saved(tmp_path, "s.png", COLOUR, icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    same = saved(tmp_path, "s.png", COLOUR, icc_profile=srgb)
     assert np.abs(np.asarray(read_image(same)[0], int) - np.asarray(COLOUR)).max() <= 1
     broken = saved(tmp_path, "b.png", COLOUR, icc_profile=b"no profile")
     assert np.array_equal(read_image(broken)[0], COLOUR)
@@ -101,11 +113,17 @@ def test_ranges_of_float_and_16_bit_greys_are_known(tmp_path, a, expected):
     assert rgb.max() == expected and (len(np.unique(rgb)) > 30) == (a.dtype == np.float32)
 
 
+def png_chunk(name: bytes, content: bytes = b"") -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
 def test_every_failure_to_read_names_the_file(tmp_path):
     whole = io.BytesIO()
     Image.effect_noise((64, 48), 40).convert("RGB").save(whole, "AVIF" if "AVIF" in Image.SAVE else "WEBP")
+    bomb = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)  # the pixels that a few bytes claim
     bad = {"empty.png": b"", "text.jpg": b"not a picture", "cut.avif": whole.getvalue()[:-200],
-           "format.dds": b"DDS " + bytes([124, 0, 0, 0]) + b"\xff" * 200}
+           "format.dds": b"DDS " + bytes([124, 0, 0, 0]) + b"\xff" * 200,
+           "bomb.png": b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", bomb) + png_chunk(b"IDAT")}
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=name):
@@ -151,10 +169,23 @@ def test_linked_folders_are_searched_and_pipes_are_not(tmp_path):
 
 
 def test_results_within_the_input_are_no_inputs(tmp_path):
-    saved(tmp_path, "a.png"), saved(tmp_path, "restored/a.png")
-    assert outputs([str(tmp_path)], tmp_path / "restored") == [(tmp_path / "a.png", tmp_path / "restored" / "a.png")]
-    with pytest.raises(UserError, match="overwrite"):
-        outputs([str(tmp_path)], tmp_path)
+    file, _ = saved(tmp_path, "a.png"), saved(tmp_path, "restored/a.png")
+    assert outputs([str(tmp_path)], tmp_path / "restored") == [(file, tmp_path / "restored" / "a.png")]
+
+
+def test_outputs_never_overwrite_an_input_or_another_result(tmp_path):
+    a, b = saved(tmp_path, "a.png"), saved(tmp_path, "b.jpg")
+    saved(tmp_path, "a.jpg"), saved(tmp_path, "only/d.png")
+    for source, out in ((tmp_path / "only", tmp_path / "only"), (a, a)):
+        with pytest.raises(UserError, match="overwrite"):
+            outputs([str(source)], out)
+    pairs = dict(outputs([str(tmp_path)], tmp_path / "out"))
+    names = {str(p.relative_to(tmp_path / "out")) for p in pairs.values()}
+    assert names == {"a.png.png", "a.jpg.png", "b.png", "only/d.png"}
+    assert outputs([str(b)], tmp_path / "c.png") == [(b, tmp_path / "c.png")]
+    folders = [str(saved(tmp_path, f"{folder}/x.jpg").parent) for folder in ("one", "two")]
+    with pytest.raises(UserError, match="another result"):  # the same name in both: before any work
+        outputs(folders, tmp_path / "out")
 
 
 @pytest.mark.parametrize("suffix, name", [(".png", "x.jpg"), (".oscar", "x.bin")])
@@ -200,93 +231,16 @@ def test_a_name_that_the_terminal_cannot_print_is_escaped(monkeypatch):
     assert b"\\udcff \\u2603.png: no such file" in terminal.buffer.getvalue()
 
 
-# ---- settings and runs
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"old": 1})
 
-
-@pytest.mark.parametrize("script, flags, says", [
-    (codiff, ["--s2-lr", "nan"], "--s2-lr nan"), (codiff, ["--s2-T-L", "1000"], "--s2-T-L 1000"),
-    (codiff, ["--s1-qf-min", "96"], "--s1-qf-min 96"), (codiff, ["--seed", "-1"], "--seed -1"),
-    (sodiff, ["--s2-qf-min", "0"], "--s2-qf-min 0"),
-    (codiff, ["--val", "nowhere"], "nowhere"), (codiff, ["--s2-batch", "0"], "--s2-batch 0"),
-    (codiff, ["--base", "no/base"], "no/base"), (sodiff, ["--beta", "-1"], "--beta -1"),
-    (sodiff, ["--s2-tau-0", "5000"], "5000"), (oscar, ["--s2-lambda-repa", "inf"], "--s2-lambda-repa inf")])
-def test_bad_settings_of_both_stages_are_refused_before_any_training(tmp_path, monkeypatch, script, flags, says):
-    monkeypatch.setattr(script, "stage1", lambda *_: pytest.fail("has begun"))
-    with pytest.raises(UserError, match=says):
-        script.main(["train", "--out", str(tmp_path / "run"), *flags])
-    assert not (tmp_path / "run" / "last").exists()
-
-
-def test_settings_of_another_version_are_one_line():
-    header = {f"stage1.{k}": v for k, v in vars(codiff.Stage1()).items()}
-    assert codiff.Stage1.read(header) == codiff.Stage1()
-    for changed in (header | {"stage1.gone": 1}, {k: v for k, v in header.items() if k != "stage1.lr"}):
-        with pytest.raises(UserError, match="another version"):
-            codiff.Stage1.read(changed)
-
-
-def test_bundled_paths_are_recorded_relative_to_the_repo(tmp_path, monkeypatch):
-    assert in_repo(TINY_SD) == "data/tiny-sd" and in_repo("some/repository") == "some/repository"
-    assert in_repo(tmp_path) == str(tmp_path.resolve())
-    monkeypatch.chdir(tmp_path)
-    assert codiff.SD("data/tiny-sd", with_unet=False).multiple == 8  # found from anywhere
-
-
-def test_two_trainings_do_not_write_into_one_folder(tmp_path):
-    def in_another_process(folder) -> int:
-        if child := os.fork():
-            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        LOCKS.clear()
-        try:
-            lock(folder)
-        except UserError as error:
-            os._exit(1 if "another training writes into it" in str(error) else 2)
-        os._exit(0)
-    assert in_another_process(tmp_path) == 0  # and its lock has died with it
-    lock(tmp_path), lock(tmp_path)  # the same process may go on
-    assert in_another_process(tmp_path) == 1 and in_another_process(tmp_path / "b") == 0
-    assert [p.name for p in tmp_path.iterdir()] == ["b"]
-
-
-def test_each_stage_has_its_own_photographs(tmp_path, no_evaluation):
-    """Stage 2 may be asked for too early; stage 1 then goes on with what it had."""
-    short = ["--s1-crop", 64, "--s1-batch", 1, "--s2-crop", 64, "--s2-batch", 1, "--s2-steps", 1, "--s1-widths", "16,16,24,32"]
-
-    def train(*args):
-        codiff.main([*map(str, ("train", "--out", tmp_path / "run", *args, *short))])
-        config = json.loads((tmp_path / "run" / "config.json").read_text())
-        return [[Path(d).name for d in config.get(f"data{stage}", [])] for stage in (1, 2)]
-    assert train("--stage", 1, "--s1-steps", 1) == [["train"], []]
-    with pytest.raises(UserError, match="data1 was .* but is .* now"):
-        train("--stage", 1, "--s1-steps", 1, "--data", PHOTOS / "val", "--resume")
-    assert train("--stage", 2, "--s1-steps", 1, "--data", PHOTOS / "val") == [["train"], ["val"]]
-    assert train("--stage", 1, "--s1-steps", 1, "--resume") == [["train"], ["val"]]
-
-
-def test_what_the_first_of_two_processes_refuses_ends_both(tmp_path, two_processes):
-    lock(tmp_path)
-    said = two_processes("codiff", ["train", "--out", str(tmp_path), "--s1-steps", "1"], codes=(2, 2))
-    assert "another training writes into it" in said[0] and "Traceback" not in said[0] + said[1]
-    assert "another training" not in said[1] and not any(tmp_path.iterdir())
-
-
-# ---- metrics and text
-
-
-def test_means_are_finite_over_what_can_be_measured():
-    assert mean([20.0, float("inf"), 30.0]) == 25 and mean([None, float("nan")]) is None and mean([1.0, None]) == 1
-    json.dumps({"mean": mean([float("inf")])}, allow_nan=False)
-
-
-def test_a_picture_of_three_pixels_has_metrics(tmp_path):
-    values = Metrics()(COLOUR.crop((0, 0, 3, 9)), COLOUR.resize((3, 9)))
-    assert values["SSIM"] is None and values["PSNR"] > 0
-
-
-def test_a_bad_picture_among_many_is_named_and_left_out(tmp_path, capsys):
-    saved(tmp_path, "a.png"), saved(tmp_path, "c.png")
-    (tmp_path / "b.jpg").write_bytes(b"\xff\xd8\xff")
-    assert len(read_all(list_images([tmp_path]))) == 2 and "b.jpg" in capsys.readouterr().err
+    def torn(tmp):
+        tmp.write_text("{")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(UserError, match="No space left"):
+        atomic(path, torn)
+    assert json.loads(path.read_text()) == {"old": 1} and [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_captions_are_utf8_with_or_without_bom_and_lines_end_where_they_end(tmp_path):
@@ -294,21 +248,5 @@ def test_captions_are_utf8_with_or_without_bom_and_lines_end_where_they_end(tmp_
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     for text in (lines, lines + "\n", "\ufeff" + lines.replace("\n", "\r\n\r\n")):
         (tmp_path / "captions.jsonl").write_bytes(text.encode())
-        read = sodiff.read_captions([tmp_path])
+        read = read_captions([tmp_path])
         assert [read[tmp_path / row["file"]]["caption"] for row in rows] == [row["caption"] for row in rows]
-
-
-def test_ctrl_c_with_loader_processes_ends_in_one_line(tmp_path):
-    args = [sys.executable, str(ROOT / "codiff.py"), "train", "--stage", "1", "--out", str(tmp_path / "run"),
-            "--s1-crop", "64", "--s1-batch", "2", "--s1-workers", "2", "--s1-save-every", "1"]
-    run = subprocess.Popen(args, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # as in a terminal
-    log = tmp_path / "run" / "log.jsonl"
-    while run.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
-        time.sleep(0.1)
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the loader's processes as well
-    said = run.communicate()[1]
-    assert run.returncode == 2 and "Traceback" not in said and "interrupted; what was saved is whole" in said
-    steps = log.read_text().count("\n")
-    step = load_tensors(tmp_path / "run" / "last" / "stage1.safetensors")[1]["step"]
-    assert steps - 1 <= step <= steps

@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from PIL import Image
 
-from common import PHOTOS, SD, read_image, text_tokens
+from common import PHOTOS, SD, text_tokens, to_tensor
 from data import make_tiny_sd as recipe
+from data.pictures import read_image
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +29,11 @@ def made(tmp_path_factory):
 
 
 def test_the_encoder_is_half_whitened_principal_components():
-    """Of 8x8 pixels (its hierarchy of three keeps all that 16 components need): uncorrelated latents, their variances
-    the square roots of the components', mean square 1."""
+    """Of 8x8 pixels (its hierarchy of three keeps all that 16 components need): uncorrelated latents, their
+    variances the square roots of the components', mean square 1."""
     vae = recipe.first_vae(None, [PHOTOS / "train"])
     crops = recipe.Pictures([PHOTOS / "train"], 192, 0)
-    x = torch.stack([recipe.to_tensor(recipe.Image.fromarray(crops.crop(n))) for n in range(150)])
+    x = torch.stack([to_tensor(Image.fromarray(crops.crop(n))) for n in range(150)])
     with torch.no_grad():
         z = vae.encode(x[:40]).latent_dist.mean.transpose(0, 1).flatten(1)
     cov, patches = torch.cov(z), F.unfold(x[:40], 8, stride=8).transpose(0, 1).flatten(1)
@@ -52,7 +54,8 @@ def test_captions_say_light_and_colour():
 def test_the_recipe_makes_a_base(made):
     run, base = made
     sd = SD(base)
-    assert sd.f == 8 and sd.latent_shape(64) == (16, 8, 8) and text_tokens(base, ["a cat"]).shape[:2] == (1, 77)
+    assert sd.cell == 8 and sd.latent_shape(64) == (16, 8, 8)
+    assert text_tokens(base, ["a cat"]).shape[:2] == (1, 77)
     assert AutoencoderKL.from_pretrained(base, subfolder="vae").config.norm_num_groups == 1
     assert "dB" in (base / "README.md").read_text()
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -64,9 +67,9 @@ def test_it_goes_on_from_a_base(made, tmp_path):
     """With no step worth the name, what comes out is what went in, tokenizer and all."""
     run, base = made
     photos = str(run.parent / "photos")
-    options = ["--base", str(base), "--s2-clip-alone", "0", "--s2-steps", "1", "--s2-crop", "32", "--s2-lr", "0"]
-    recipe.main(["train", "--stage", "2", "--data", photos, "--val", photos, "--out", str(tmp_path), *options,
-                 "--s2-lr-adam", "0"])
-    recipe.main(["assemble", str(run), str(tmp_path), "--val", photos, "--base", str(base), "--to", str(tmp_path / "sd")])
+    more = ["--base", str(base), "--val", photos]
+    still = ["--s2-clip-alone=0", "--s2-steps=1", "--s2-crop=32", "--s2-lr=0", "--s2-lr-adam=0"]
+    recipe.main(["train", "--stage", "2", "--data", photos, "--out", str(tmp_path), *more, *still])
+    recipe.main(["assemble", str(run), str(tmp_path), *more, "--to", str(tmp_path / "sd")])
     for text in ("a cat", ""):
         assert torch.equal(text_tokens(tmp_path / "sd", [text]), text_tokens(base, [text]))

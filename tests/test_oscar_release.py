@@ -6,15 +6,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 
 import oscar
-from common import ROOT, UserError
 from data import convert
+from data.files import ROOT, UserError
 
 sys.path.append(str(ROOT / "tests" / "oracles"))
-from fill import fill_state_dict, fill_value  # noqa: E402
+from fill import fill_value  # noqa: E402
+from release import save_base, unet_lora  # noqa: E402
 
 EXPECTED = np.load(ROOT / "tests" / "oracles" / "oscar_64x128.npz")
 
@@ -23,19 +23,10 @@ EXPECTED = np.load(ROOT / "tests" / "oracles" / "oscar_64x128.npz")
 def release(tmp_path_factory):
     """(folder, oscar.pkl): weights filled from their names, keys as released. Bases: folder / prediction."""
     folder = tmp_path_factory.mktemp("release")
-    unet = UNet2DConditionModel(block_out_channels=(32, 64, 64, 64), attention_head_dim=(2, 4, 4, 4),
-                                cross_attention_dim=1024, use_linear_projection=True)
-    vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-                        block_out_channels=(32, 32, 64, 64), latent_channels=4, layers_per_block=2)
-    for prediction in ("epsilon", "v_prediction"):
-        fill_state_dict(unet).save_pretrained(folder / prediction / "unet")
-        fill_state_dict(vae).save_pretrained(folder / prediction / "vae")
-        scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                  prediction_type=prediction)
-        scheduler.save_pretrained(folder / prediction / "scheduler")
+    unet, _ = (save_base(folder / prediction, prediction) for prediction in ("v_prediction", "epsilon"))
     torch.save({"hyper_encoders": hyper_encoders(), "embeddings": fill_value("embeddings", (77, 1024)),
-                "rank_unet": 16, "unet_lora_encoder_modules": ["conv_in"], "state_dict_unet": lora(unet)},
-               folder / "oscar.pkl")
+                "rank_unet": 16, "unet_lora_encoder_modules": ["conv_in"],
+                "state_dict_unet": unet_lora(unet[0], 0.0)}, folder / "oscar.pkl")
     return folder, folder / "oscar.pkl"
 
 
@@ -51,24 +42,6 @@ def hyper_encoders() -> dict:
         weights[key] = fill_value(f"hyper_encoders.{key}", (1, *v.shape) if code else v.shape)
         weights[f"{k.split('.')[0]}.quantizer._codebook.initted"] = torch.ones(1)
     return weights
-
-
-def lora(unet) -> dict:
-    tensors = {}
-    for name, m in unet.named_modules():
-        if not isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) or "time_emb" in name:
-            continue
-        w, adapter = m.weight, "encoder"
-        if name.startswith(("up_blocks", "conv_out")):
-            adapter = "decoder"
-        elif name.startswith("mid_block"):
-            adapter = "others"
-        for k, shape in {"A": (16, *w.shape[1:]), "B": (w.shape[0], 16, *[1] * (w.dim() - 2))}.items():
-            key = f"{name}.lora_{k}.default_{adapter}.weight"
-            tensors[key] = 0.5 * fill_value(key, shape)
-    for k in ("weight", "bias"):
-        tensors[f"conv_in.base_layer.{k}"] = unet.state_dict()[f"conv_in.{k}"].clone()
-    return tensors
 
 
 def converted(pkl, base, out):

@@ -1,4 +1,4 @@
-"""data.pieces: nothing is lost or made twice, and what a script takes from pieces is what photographs hold."""
+"""data.pieces: nothing is lost or made twice; what a script takes from pieces is what photographs hold."""
 
 import os
 
@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import Crops, UserError, read_image
+from common import Crops
 from data import make_cir, pieces
+from data.files import UserError
+from data.pictures import read_image
 from moe_diffir import CIRPairs, Stage1
 
 
@@ -81,8 +83,8 @@ def test_a_bad_photograph_is_named_and_the_rest_is_done(tmp_path, capfd):
 
 def test_names_are_unique_or_refused_before_any_work(tmp_path):
     one, two, out = tmp_path / "one", tmp_path / "two", tmp_path / "out"
-    for i, file in enumerate((one / "a.png", one / "a.bmp", one / "a_0.png", two / "a.png", one / "two" / "two" / "a.png")):
-        photograph(file, 60 + i, 60)
+    for i, file in enumerate(("one/a.png", "one/a.bmp", "one/a_0.png", "two/a.png", "one/two/two/a.png")):
+        photograph(tmp_path / file, 60 + i, 60)
     cut(out, one, two)
     assert len(made(out)) == 5
     assert {read_image(f)[0].width for f in out.rglob("*.webp")} == {60, 61, 62, 63, 64}

@@ -1,4 +1,4 @@
-"""sodiff.py: each equation, which parameters each loss moves, captions, and the command line end to end."""
+"""sodiff.py, equation by equation: shapes, formulas, what each loss moves; captions; what is measured."""
 
 import json
 import shutil
@@ -11,25 +11,29 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-import common
+import oscar
 import sodiff
-from common import ROOT, SD, TINY_SD, UserError, dists_small, frozen, read_image, run_cli, text_tokens
-from conftest import said_by, same_run
+from common import PHOTOS, SD, TINY_SD, dists_small, frozen, jpeg, text_tokens, to_image, to_tensor
+from conftest import (CAT, alpha_bars, are_binary_cross_entropy, before_stage_2, moved_by, rows_of, said_by,
+                      tops, train_args)
 from data import caption
-from data.files import load_tensors
-from data.results import complexity, evaluate
+from data.captions import read_captions, tokenized
+from data.files import UserError, load_part, load_tensors
+from data.results import complexity
+from data.results.sodiff import alignment
+from data.tiles import tiling
 from sodiff import (SAIPE, JPEGPairs, NoisedDiscriminator, SODiff, Stage1, Stage2, TimePredictor,
                     alpha_bar_at, expected_timestep, favor, gumbel_for, sobel)
 
-PHOTOS = ROOT / "data" / "photos"
 SMALL = Stage1(width=24, heads=3, depth=2, features=16, crop=64)
 
 
+@pytest.fixture(scope="module")
+def run(trained):
+    return trained("sodiff")
+
+
 # ---- SAIPE
-
-
-def softmax_attention(q, k, v):
-    return ((q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
 def test_favor_approximates_softmax_attention():
@@ -37,7 +41,7 @@ def test_favor_approximates_softmax_attention():
     g, errors = torch.Generator().manual_seed(0), {}
     q, k = (0.25 * torch.randn(2, 4, 200, 32, generator=g) for _ in range(2))
     v = torch.randn(2, 4, 200, 32, generator=g)
-    exact = softmax_attention(q, k, v)
+    exact = F.scaled_dot_product_attention(q, k, v)
     for m in (64, 256, 1024):
         torch.manual_seed(m)
         approximate = favor(q, k, v, sodiff.orthogonal_features(m, 32))
@@ -123,26 +127,40 @@ def test_eq_1_sees_the_picture_through_f_mid_alone_and_tokens_differ():
 def test_stage1_losses_move_their_branches():
     saipe = SAIPE(SMALL, 77, 96)
     x_rec, e_img = saipe(torch.rand(2, 3, 32, 32))
+    assert tops(moved_by(sodiff.loss_rec(x_rec, torch.zeros_like(x_rec)), saipe)) == {"E_down", "D_up"}
+    assert tops(moved_by(sodiff.loss_align(e_img, torch.zeros_like(e_img)), saipe)) == {"E_down", "T_align"}
 
-    def moved(loss):
-        names, parameters = zip(*saipe.named_parameters())
-        grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        return {name.split(".")[0] for name, g in zip(names, grads) if g is not None and g.abs().sum() > 0}
-    assert moved(sodiff.loss_rec(x_rec, torch.zeros_like(x_rec))) == {"E_down", "D_up"}
-    assert moved(sodiff.loss_align(e_img, torch.zeros_like(e_img))) == {"E_down", "T_align"}
+
+def test_the_totals_are_eqs_5_and_12(run):
+    rows, cfg = rows_of(run.folder), Stage2()
+    for row in rows[:4]:
+        assert row["loss"] == pytest.approx(row["rec"] + 0.5 * row["align"], rel=1e-4)
+    for row in rows[4:]:
+        weighted = cfg.lambda_EA * row["ea"] + cfg.alpha * row["gan_g"] + cfg.beta * row["qf"]
+        assert row["loss"] == pytest.approx(row["mse"] + weighted, rel=1e-4)
+    assert len({row["tau"] for row in rows[4:]}) == 4 and rows[3]["align"] < rows[0]["align"]
+
+
+def test_a_run_keeps_what_it_trained(run):
+    """Stage 1: SAIPE. Stage 2: LoRA and the predictor; of SAIPE only buffers."""
+    saipe, G = (load_tensors(run.folder / "model" / f"stage{n}.safetensors")[0] for n in (1, 2))
+    assert tops(saipe) == {"E_down", "T_align", "D_up"}
+    parameters = {k for k, _ in run.model.named_parameters()}  # LoRA is fused there
+    assert {k for k in G if k in parameters} == {k for k in parameters if k.startswith("predictor.")}
+    assert all(k.startswith("sd.unet.") for k in G if "lora_" in k) and any("lora_" in k for k in G)
 
 
 def test_alignment_compares_own_and_others():
     e = torch.eye(4).view(4, 2, 2)
-    assert evaluate.alignment(e, e) == (1.0, 0.0)
-    assert evaluate.alignment(e, e.roll(1, 0)) == (0.0, pytest.approx(1 / 3))
+    assert alignment(e, e) == (1.0, 0.0)
+    assert alignment(e, e.roll(1, 0)) == (0.0, pytest.approx(1 / 3))
 
 
 # ---- time predictor
 
 
 def test_eq_11_is_its_sum():
-    logits, g = torch.randn(3, 50), gumbel_for(torch.arange(3), 50, 1)
+    logits, g = torch.randn(3, 50), gumbel_for(torch.arange(3), 50, 1, "gumbel")
     for row, noise, tau in zip(logits.tolist(), g.tolist(), expected_timestep(logits, g).tolist()):
         weights = [np.exp(l + n) for l, n in zip(row, noise)]
         assert tau == pytest.approx(sum(i * w for i, w in enumerate(weights)) / sum(weights), rel=1e-5)
@@ -151,10 +169,11 @@ def test_eq_11_is_its_sum():
 
 def test_gumbel_noise_makes_argmax_a_draw_from_the_softmax():
     logits, n = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5]), 20_000
-    drawn = (logits + gumbel_for(torch.arange(n), 5, 7)).argmax(1).bincount(minlength=5)
+    drawn = (logits + gumbel_for(torch.arange(n), 5, 7, "gumbel")).argmax(1).bincount(minlength=5)
     p = logits.softmax(0)
     assert ((drawn / n - p).abs() < 4 * (p * (1 - p) / n).sqrt()).all()
-    assert torch.equal(gumbel_for(torch.tensor([3, 9]), 5, 7)[1], gumbel_for(torch.tensor([9]), 5, 7)[0])
+    two, one = (gumbel_for(torch.tensor(rows), 5, 7, "gumbel") for rows in ([3, 9], [9]))
+    assert torch.equal(two[1], one[0])
 
 
 def test_gradient_of_tau_by_numbers():
@@ -215,8 +234,7 @@ def test_generator_is_equation_6(generator):
         assert tau[0] != tau[1] and e_img.shape == (2, 77, 96) and qf_hat.shape == (2,)
         logits.weight.zero_()
         z = sd.vae.encode(x).latent_dist.mode() * sd.vae.config.scaling_factor
-        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)**2
-        table = torch.cumprod(1 - betas, 0)
+        table = alpha_bars().double()
         for i in range(2):
             low, part = int(tau[i]), float(tau[i]) % 1
             a = torch.lerp(table[low].logit(), table[low + 1].logit(), part).sigmoid().item()
@@ -233,38 +251,25 @@ def test_losses_equal_their_formulas():
     assert sodiff.loss_qf(torch.tensor([10.0, 50.0]), torch.tensor([20.0, 45.0])) == 7.5
     dists = dists_small()
     assert sodiff.loss_ea(dists, x, x) == pytest.approx(0, abs=1e-5)
+    assert torch.equal(sobel(x), oscar.sobel(x))  # tested there
     both = dists(sobel(x), sobel(y)).mean() + dists(x, y).mean()
     assert sodiff.loss_ea(dists, x, y) == pytest.approx(both.item(), rel=1e-5)
-    fake, real, bce = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4), F.binary_cross_entropy_with_logits
-    ones, zeros = torch.ones_like(fake), torch.zeros_like(fake)
-    assert torch.allclose(sodiff.loss_G(fake), bce(fake, ones))
-    assert torch.allclose(sodiff.loss_D(fake, real), bce(fake, zeros) + bce(real, ones))
-
-
-def test_sobel_is_the_edges_of_the_luma():
-    x = torch.rand(1, 3, 9, 11) * 2 - 1
-    luma = np.tensordot([0.299, 0.587, 0.114], (x[0].numpy() + 1) / 2, 1)
-    y = np.pad(luma, 1, "edge")
-    gx = sum(n * (y[i:i + 9, 2:] - y[i:i + 9, :-2]) for i, n in enumerate((1, 2, 1)))
-    gy = sum(n * (y[2:, i:i + 11] - y[:-2, i:i + 11]) for i, n in enumerate((1, 2, 1)))
-    assert np.allclose(sobel(x)[0].numpy(), 2 * np.sqrt(gx**2 + gy**2 + 1e-6) - 1, atol=1e-5)
+    are_binary_cross_entropy(sodiff.loss_G, sodiff.loss_D)
 
 
 def test_each_stage2_loss_moves_lora_and_predictor_and_nothing_else(generator):
     D, dists = NoisedDiscriminator(TINY_SD, 4, generator.sd), dists_small()
-    x, n = torch.rand(2, 3, 64, 64) * 2 - 1, torch.arange(2)
-    z = torch.randn(2, 16, 8, 8)
-    x_hat, z_hat, e_img, qf_hat, tau = generator(x, z, gumbel_for(n, 1000, 0))
+    x, z = torch.rand(2, 3, 64, 64) * 2 - 1, torch.randn(2, 16, 8, 8)
+    x_hat, z_hat, e_img, qf_hat, tau = generator(x, z, gumbel_for(torch.arange(2), 1000, 0, "gumbel"))
     t = torch.tensor([5, 700])
     with frozen(D):
         losses = {"mse": sodiff.loss_mse(x_hat, x), "ea": sodiff.loss_ea(dists, x_hat, x),
                   "gan_g": sodiff.loss_G(D(z_hat, t, e_img, z)),
                   "qf": sodiff.loss_qf(qf_hat, torch.tensor([5.0, 90.0]))}
-    names, parameters = zip(*((k, p) for k, p in generator.named_parameters() if p.requires_grad))
+    names = [k for k, p in generator.named_parameters() if p.requires_grad]
     assert all(k.startswith("predictor.") or k.startswith("sd.unet.") and "lora_" in k for k in names)
     for name, loss in losses.items():
-        grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        moved = {k for k, g in zip(names, grads) if g is not None and g.abs().sum() > 0}
+        moved = moved_by(loss, generator)
         # tau's branch has zero weights at first: its own gradient is there, the shared blocks' comes with QF
         assert any("lora_B" in k for k in moved) == (name != "qf"), name
         assert ("predictor.logits.bias" in moved) == (name != "qf"), name
@@ -274,19 +279,18 @@ def test_each_stage2_loss_moves_lora_and_predictor_and_nothing_else(generator):
     logits = D(latents, torch.cat([t, t]), torch.cat([e_img, e_img]), torch.randn_like(latents))
     sodiff.loss_D(*logits.chunk(2)).backward()
     assert all(p.grad is None for p in generator.parameters())
-    moved = {k.split(".")[0] for k, p in D.named_parameters() if p.grad is not None}
-    assert moved == {"unet", "proj", "head"}
+    assert tops(k for k, p in D.named_parameters() if p.grad is not None) == {"unet", "proj", "head"}
 
 
 def test_discriminator_sees_noised_latents_and_the_given_condition(generator):
     D, t = NoisedDiscriminator(TINY_SD, 4, generator.sd), torch.tensor([3, 800])
     z, noise, e_img = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8), torch.randn(2, 5, 96)
-    a = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000)**2, 0)[t].view(2, 1, 1, 1)
+    a = alpha_bars()[t].view(2, 1, 1, 1)
     z_t = a**0.5 * z + (1 - a)**0.5 * noise
     assert torch.allclose(D(z, t, e_img, noise), D.head(D.unet(z_t, t, D.proj(e_img)).sample), atol=1e-4)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def sdxl(tmp_path_factory):
     """A UNet of SDXL's kind, with a VAE of another scaling factor."""
     folder = tmp_path_factory.mktemp("sdxl")
@@ -324,18 +328,19 @@ def test_discriminator_of_another_latent_is_refused(generator, tmp_path):
     UNet2DConditionModel.from_config(config | {"in_channels": 4}).save_pretrained(tmp_path / "other" / "unet")
     with pytest.raises(UserError, match="--disc-base .*: takes 4 latent channels, but the base makes 16"):
         NoisedDiscriminator(tmp_path / "other", 4, generator.sd)
-    (tmp_path / "other" / "vae" / "config.json").unlink()
-    with pytest.raises(UserError, match="--disc-base .*: no vae there"):
-        NoisedDiscriminator(tmp_path / "other", 4, generator.sd)
+    for part in ("vae", "unet"):
+        (tmp_path / "other" / part / "config.json").unlink()
+        with pytest.raises(UserError, match=f"--disc-base .*: no {part} there"):
+            NoisedDiscriminator(tmp_path / "other", 4, generator.sd)
 
 
 # ---- captions
 
 
-def folder_with(tmp_path, text: str | bytes):
-    Image.open(PHOTOS / "val" / "chelsea.png").crop((0, 0, 90, 80)).save(tmp_path / "cat.png")
-    Image.open(PHOTOS / "val" / "chelsea.png").crop((90, 0, 180, 80)).save(tmp_path / "dog.png")
-    (tmp_path / "captions.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
+def folder_with(tmp_path, text: str):
+    CAT.crop((0, 0, 90, 80)).save(tmp_path / "cat.png")
+    CAT.crop((90, 0, 180, 80)).save(tmp_path / "dog.png")
+    (tmp_path / "captions.jsonl").write_text(text, "utf-8")
     return tmp_path
 
 
@@ -347,18 +352,17 @@ GOOD = '{"file": "cat.png", "caption": "the face of a cat", "qf": 7}\n'
                                   '{"file": "dog.png", "caption": "x", "qf": 700}', "\xff"])
 def test_a_bad_line_of_captions_is_named(tmp_path, line):
     with pytest.raises(UserError, match="captions.jsonl, line 2: ") as error:
-        sodiff.read_captions([folder_with(tmp_path, GOOD + line + "\n")])
+        read_captions([folder_with(tmp_path, GOOD + line + "\n")])
     assert "\n" not in str(error.value)
 
 
 def test_captions_meet_their_images(tmp_path, capsys):
     orange = "orange " * 200
     folder = folder_with(tmp_path, GOOD + json.dumps({"file": "gone.png", "caption": orange}) + "\n")
-    tokenizer = common.load_part(CLIPTokenizer, TINY_SD, "tokenizer")
-    encoder = common.load_part(CLIPTextModel, TINY_SD, "text_encoder")
+    tokenizer = load_part(CLIPTokenizer, TINY_SD, "tokenizer")
+    encoder = load_part(CLIPTextModel, TINY_SD, "text_encoder")
     pairs = JPEGPairs([folder], SMALL, 8, 0)
-    captions = sodiff.read_captions([folder, folder / "cat.png"])
-    pairs.captions = sodiff.tokenized(captions, pairs.files, tokenizer)
+    pairs.captions = tokenized([folder, folder / "cat.png"], pairs.files, tokenizer, True)
     said = '2 images, 1 without a caption ("" stands for it), 0 cut to 77 tokens, 1 captions without image'
     assert said in capsys.readouterr().err
     for n in range(4):
@@ -367,9 +371,13 @@ def test_captions_meet_their_images(tmp_path, capsys):
         assert (qf == 7) == cat  # the QF at which it was captioned
         e_text = text_tokens(TINY_SD, ["the face of a cat" if cat else ""])
         assert torch.allclose(encoder(ids[None])[0], e_text, atol=1e-5)
-        assert torch.equal(x_lq, common.to_tensor(common.jpeg(common.to_image(x_hq), int(qf))))
-    sodiff.tokenized({folder / "cat.png": {"caption": orange}}, [folder / "cat.png"], tokenizer)
+        assert torch.equal(x_lq, to_tensor(jpeg(to_image(x_hq), int(qf))))
+    tokenized([folder_with(tmp_path, GOOD.replace("the", orange))], [folder / "cat.png"], tokenizer, True)
     assert "1 cut to 77 tokens" in capsys.readouterr().err
+    (folder / "captions.jsonl").unlink()
+    with pytest.raises(UserError, match="no captions.jsonl"):
+        tokenized([folder], pairs.files, tokenizer, True)
+    assert {row["caption"] for row in tokenized([folder], pairs.files, tokenizer, False).values()} == {""}
 
 
 def test_a_captioned_crop_is_mirrored_and_never_turned(tmp_path):
@@ -387,18 +395,18 @@ def test_a_captioned_crop_is_mirrored_and_never_turned(tmp_path):
     Image.linear_gradient("L").rotate(90).convert("RGB").save(tmp_path / "dusk.png")
     pairs = JPEGPairs([tmp_path], Stage1(crop=64), 32, 0)
     pairs.captions, pairs.turns = {tmp_path / "dusk.png": {"ids": torch.zeros(77)}}, 1
-    assert len({bool(c[:, 0].mean() > c[:, -1].mean()) for c in (pairs[n][2].mean(0) for n in range(24))}) == 2
+    crops = [pairs[n][2].mean(0) for n in range(24)]
+    assert len({bool(c[:, 0].mean() > c[:, -1].mean()) for c in crops}) == 2
 
 
 def test_quality_factors_cover_their_range():
-    pairs = JPEGPairs([PHOTOS / "val"], Stage2(crop=32, qf_power=1.0), 32, 0)
-    low = JPEGPairs([PHOTOS / "val"], Stage2(crop=32, qf_power=3.0), 32, 0)
-    qfs, lows = (np.array([float(p[n][3]) for n in range(400)]) for p in (pairs, low))
+    pairs = (JPEGPairs([PHOTOS / "val"], Stage2(crop=32, qf_power=power), 32, 0) for power in (1.0, 3.0))
+    qfs, lows = (np.array([p.quality(n) for n in range(400)]) for p in pairs)
     assert qfs.min() == lows.min() == 5 and qfs.max() >= 94 and abs(qfs.mean() - 50) < 5
     assert abs(np.median(lows) - (5 + 91 / 8)) < 4  # u^3 at u = 1/2
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def llava(tmp_path_factory):
     """A LLaVA of the real classes, in miniature, with random weights."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -429,7 +437,7 @@ def test_caption_writes_crops_and_lines_and_resumes(llava, tmp_path, capsys):
     (photos / "deep").mkdir(parents=True)
     boxes = {"a.png": (0, 0, 100, 90), "deep/b.png": (100, 0, 200, 90), "small.png": (0, 0, 20, 20)}
     for name, box in boxes.items():
-        Image.open(PHOTOS / "val" / "chelsea.png").crop(box).save(photos / name)
+        CAT.crop(box).save(photos / name)
     (photos / "broken.png").write_bytes(b"\x89PNG")
     args = [*map(str, ("--data", photos, "--out", out, "--model", llava, "--crop", 64, "--max-tokens", 5,
                        "--batch", 2))]
@@ -452,211 +460,104 @@ def test_caption_writes_crops_and_lines_and_resumes(llava, tmp_path, capsys):
     assert "2 of 4 crops have their caption already" in capsys.readouterr().err
     again = {row["file"]: row for row in map(json.loads, (out / "captions.jsonl").read_text().splitlines())}
     assert again.pop("0.png_0.png") and list(again.values()) == rows
-    assert sodiff.read_captions([out])[out / "a.png_0.png"]["qf"] == rows[0]["qf"]
+    assert read_captions([out])[out / "a.png_0.png"]["qf"] == rows[0]["qf"]
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "a.png").write_bytes((photos / "a.png").read_bytes())
     with pytest.raises(UserError, match="would both be a.png_0.png"):
         caption.main([*args, "--data", str(photos), str(tmp_path / "more")])
 
 
-# ---- the command line
+# ---- one-step inference, and the paper's ablations
 
 
-SHORT = ["--s1-width", 24, "--s1-crop", 64, "--s1-batch", 2, "--s2-crop", 64, "--s2-batch", 2,
-         "--s2-widths", "16,16,16,32"]
-
-
-def make_val(folder):
-    Image.open(PHOTOS / "val" / "chelsea.png").crop((100, 40, 233, 131)).save(folder / "cat.png")
-    Image.open(PHOTOS / "val" / "flower.jpg").crop((200, 100, 333, 191)).save(folder / "flower.png")
-    rows = [{"file": f"{name}.png", "caption": f"a {name}"} for name in ("cat", "flower")]
-    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def val(tmp_path_factory):
-    return make_val(tmp_path_factory.mktemp("val"))
-
-
-def train_args(out, val):
-    steps = ["--s1-steps", 4, "--s2-steps", 4, "--s1-save-every", 2, "--s2-save-every", 2]
-    return [*map(str, ("train", "--out", out, "--val", val, *steps, *SHORT))]
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory, val):
-    """The default command line, at reduced steps and widths, from a folder that is not the repo's."""
-    out = tmp_path_factory.mktemp("sodiff") / "run"
-    return out, said_by(sodiff.main, train_args(out, val), tmp_path_factory.mktemp("elsewhere"))
-
-
-@pytest.fixture(scope="session")
-def model(run):
-    return sodiff.load(run[0])
-
-
-def test_train_end_to_end(run, model):
-    out, printed = run
-    for said in ("stage 1 on", "stage 2 on", "|grad align|", "|grad qf|", "own e_text", "rank correlation",
-                 "VAE(original)", "JPEG QF 20"):
-        assert said in printed
-    norms = next(line for line in printed.splitlines() if "|grad gan_g|" in line).split()
-    assert float(norms[norms.index("gan_g|") + 1]) > 0
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [(r["stage"], r["step"]) for r in rows] == [(s, i) for s in (1, 2) for i in range(4)]
-    cfg = Stage2()
-    for row in rows[:4]:
-        assert row["loss"] == pytest.approx(row["rec"] + 0.5 * row["align"], rel=1e-4)
-    for row in rows[4:]:
-        weighted = cfg.lambda_EA * row["ea"] + cfg.alpha * row["gan_g"] + cfg.beta * row["qf"]
-        assert row["loss"] == pytest.approx(row["mse"] + weighted, rel=1e-4)
-    assert len({row["tau"] for row in rows[4:]}) == 4 and rows[3]["align"] < rows[0]["align"]
-    files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-    assert files == {"config.json", "log.jsonl", "metrics.json", "samples/eval.png",
-                     "last/stage1.safetensors", "last/stage2.safetensors",
-                     "model/stage1.safetensors", "model/stage2.safetensors"}
-    results = json.loads((out / "metrics.json").read_text())
-    assert set(results["alignment"]) == {"QF 5", "QF 20", "QF 80"}
-    assert len(results["predictor"]["timestep"]) == 11
-
-
-def test_a_run_keeps_what_it_trained(run, model):
-    """Stage 1: SAIPE. Stage 2: LoRA and the predictor; of SAIPE only buffers."""
-    saipe, G = (load_tensors(run[0] / "model" / f"stage{n}.safetensors")[0] for n in (1, 2))
-    assert {k.split(".")[0] for k in saipe} == {"E_down", "T_align", "D_up"}
-    parameters = {k for k, _ in model.named_parameters()}  # LoRA is fused there
-    assert {k for k in G if k in parameters} == {k for k in parameters if k.startswith("predictor.")}
-    assert all(k.startswith("sd.unet.") for k in G if "lora_" in k) and any("lora_" in k for k in G)
-
-
-def test_restore_prints_what_it_predicts_and_is_deterministic(run, model, tmp_path, capsys):
-    photo = read_image(PHOTOS / "val" / "chelsea.png")[0]
-    photo.crop((0, 0, 121, 90)).save(tmp_path / "a.jpg", quality=10)
-    with_alpha = photo.crop((0, 0, 40, 33)).convert("RGBA")
-    with_alpha.putalpha(77)
-    with_alpha.save(tmp_path / "b.png")
-    inputs, out = [str(tmp_path / name) for name in ("a.jpg", "b.png")], tmp_path / "out"
-    sodiff.main(["restore", *inputs, "-o", str(out), "--weights", str(run[0])])
-    said = capsys.readouterr().out
-    image, qf_hat, tau = sodiff.restore(model, read_image(tmp_path / "a.jpg")[0])
+def test_restore_prints_what_it_predicts(run, tmp_path):
+    lq = jpeg(CAT.crop((0, 0, 121, 90)), 10)
+    lq.save(tmp_path / "a.png")
+    args = ["restore", str(tmp_path / "a.png"), "-o", str(tmp_path / "out"), "--weights", str(run.folder)]
+    _, qf_hat, tau = sodiff.restore(run.model, lq)
+    said = said_by(sodiff.main, args, tmp_path)
     assert f"121 x 90, predicted QF {qf_hat:.0f}, timestep {tau:.1f}" in said
-    assert said.count("predicted QF") == 2
-    assert np.array_equal(np.asarray(image), np.asarray(Image.open(out / "a.png")))
-    assert set(np.array(Image.open(out / "b.png").getchannel("A")).ravel()) == {77}
 
 
-def test_tiles_keep_the_picture(model):
+def test_tiles_keep_the_picture(run):
     """Windows, whose QF, timestep and prompt come from one mosaic."""
-    lq = common.jpeg(read_image(PHOTOS / "val" / "chelsea.png")[0].crop((0, 0, 300, 260)), 10)
-    whole, _, tau = sodiff.restore(model, lq)
-    tiled, _, tau_tiled = sodiff.restore(model, lq, tile=128)
+    lq = jpeg(CAT.crop((0, 0, 300, 260)), 10)
+    whole, _, tau = sodiff.restore(run.model, lq)
+    tiled, _, tau_tiled = sodiff.restore(run.model, lq, tiling(run.model, 128)(lq.size))
     assert np.abs(np.asarray(tiled).astype(float) - np.asarray(whole)).mean() < 6
     assert abs(tau - tau_tiled) < 20
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, tmp_path, val, monkeypatch):
-    """Ctrl-C in the third step of both stages, after the second is saved; resumed each time."""
-    out, args = tmp_path / "run", train_args(tmp_path / "run", val)
-    for loss in ("loss_align", "loss_qf"):
-        calls, real = [], getattr(sodiff, loss)
-
-        def interrupted(*a, calls=calls, real=real):
-            calls.append(1)
-            if len(calls) == 3:
-                raise KeyboardInterrupt
-            return real(*a)
-        monkeypatch.setattr(sodiff, loss, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            sodiff.main([*args, *(["--resume"] if (out / "config.json").exists() else [])])
-        monkeypatch.setattr(sodiff, loss, real)
-    sodiff.main([*args, "--resume"])
-    same_run(out, run[0])
+@pytest.fixture(scope="module")
+def not_aligned(tmp_path_factory, photos):
+    """Table 2's No Align, trained on a photograph without a caption."""
+    out = tmp_path_factory.mktemp("not aligned")
+    shutil.copy(PHOTOS / "train" / "coffee.png", out)
+    more = ["--data", out / "coffee.png", "--lambda-align", 0, "--s1-steps", 2, "--s2-steps", 2]
+    sodiff.main(train_args("sodiff", out / "run", photos / "cat.png", *more))
+    return out / "run"
 
 
-def test_two_processes_give_the_losses_of_one(run, two_processes, tmp_path, val):
-    two_processes("sodiff", train_args(tmp_path / "run", val))
-    logs = (folder / "log.jsonl" for folder in (run[0], tmp_path / "run"))
-    one, two = ([json.loads(line) for line in log.read_text().splitlines()] for log in logs)
-    assert len(one) == len(two) == 8
-    for a, b in zip(one, two):
-        assert {k: pytest.approx(v, rel=2e-3) for k, v in a.items()} == b
-
-
-# ---- the paper's ablations, profile, figures
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory):
-    """A photograph without a caption."""
-    folder = tmp_path_factory.mktemp("photos")
-    shutil.copy(PHOTOS / "train" / "coffee.png", folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def not_aligned(tmp_path_factory, photos, val):
-    out = tmp_path_factory.mktemp("not aligned") / "run"
-    more = ["--data", str(photos), "--lambda-align", "0", "--s1-steps", "2", "--s2-steps", "2"]
-    sodiff.main([*train_args(out, val), *more])
-    return out
-
-
-def test_no_align_trains_the_embedder_in_stage_2(not_aligned, photos, tmp_path):
-    """Table 2: without captions T_align stays as drawn in stage 1, moves in stage 2, and is saved with it."""
+def test_no_align_trains_the_embedder_in_stage_2(not_aligned):
+    """Without captions T_align stays as drawn in stage 1, moves in stage 2, and is saved with it."""
     files = (not_aligned / "model" / f"stage{n}.safetensors" for n in (1, 2))
     (before, header), (after, _) = map(load_tensors, files)
     torch.manual_seed(0)
-    drawn = SAIPE(Stage1.read(header), 77, 96).state_dict()
+    drawn = SAIPE(Stage1.of_header(header), 77, 96).state_dict()
     assert torch.equal(before["T_align.queries"], drawn["T_align.queries"])
     assert not torch.equal(before["D_up.tail.0.weight"], drawn["D_up.tail.0.weight"])
     assert not torch.equal(after["T_align.queries"], before["T_align.queries"])
     assert torch.equal(sodiff.load(not_aligned).T_align.queries.cpu(), after["T_align.queries"])
-    with pytest.raises(UserError, match="no captions.jsonl"):
-        sodiff.main(["train", "--out", str(tmp_path / "x"), "--data", str(photos)])
 
 
-def test_figures_compare_aligned_and_not(run, not_aligned, val, capsys):
-    sodiff.main(["figures", "--weights", str(run[0]), "--against", str(not_aligned), "--data", str(val)])
-    said = capsys.readouterr().out
-    assert "not aligned" in said and "aligned (stage 1)" in said
-    for name in ("fig3.png", "timestep.png"):
-        picture = Image.open(run[0] / "samples" / name)
-        assert picture.width > 900 and len(picture.convert("RGB").getcolors(1 << 20)) > 50
-        (run[0] / "samples" / name).unlink()
+def continued(run, out, photos, *args):
+    """Stage 2's first step anew; its log line."""
+    args = train_args("sodiff", before_stage_2(run, out), photos, "--stage", 2, "--s2-steps", 1, *args)
+    sodiff.main(args)
+    return rows_of(out)[-1]
 
 
-def continued(run, out, val, *args):
-    """Stage 2 anew on a copy of the run's stage 1; its last log line."""
-    shutil.copytree(run[0], out)
-    (out / "last" / "stage2.safetensors").unlink()
-    sodiff.main([*train_args(out, val), "--stage", "2", *args])
-    return json.loads((out / "log.jsonl").read_text().splitlines()[-1])
-
-
-def test_fixed_timestep_losses_beta_and_checkpointing(run, tmp_path, val, no_evaluation):
-    row = continued(run, tmp_path / "fixed", val, "--timestep", "fixed", "--s2-tau-0", "30",
-                    "--losses", "ea,gan", "--s2-steps", "1")
-    assert row["tau"] == 30 and row["qf"] == 0
+def test_fixed_timestep_and_losses(run, tmp_path, photos, no_evaluation):
+    """Tables 3 and 4."""
+    more = ["--timestep", "fixed", "--s2-tau-0", 30, "--losses", "ea,gan"]
+    row = continued(run, tmp_path / "fixed", photos, *more)
+    assert row["tau"] == 30 and "qf" not in row
     expected = Stage2().lambda_EA * row["ea"] + Stage2().alpha * row["gan_g"]
     assert row["loss"] == pytest.approx(expected, rel=1e-4)
     model = sodiff.load(tmp_path / "fixed")
     assert model.predictor is None
     assert sodiff.restore(model, Image.new("RGB", (40, 40)))[1:] == (None, 30.0)
-    row = continued(run, tmp_path / "beta", val, "--beta", "0", "--losses", "mse", "--s2-steps", "1",
-                    "--s2-checkpointing", "--s2-accumulate", "2")
-    assert row["loss"] == row["mse"] and row["qf"] > 0
-    first = json.loads((run[0] / "log.jsonl").read_text().splitlines()[4])
-    for term in ("mse", "gan_g"):
-        assert row[term] == pytest.approx(first[term], rel=1e-3)
+    row = continued(run, tmp_path / "beta", photos, "--beta", 0, "--losses", "mse")
+    assert row["loss"] == row["mse"] and row["qf"] > 0 and "gan_d" not in row
 
 
-def test_another_discriminator(run, tmp_path, val, sdxl, no_evaluation):
+def test_another_discriminator(run, tmp_path, photos, sdxl, no_evaluation):
     out = tmp_path / "run"
-    continued(run, out, val, "--disc-base", str(sdxl), "--s2-steps", "1")
+    continued(run, out, photos, "--disc-base", sdxl)
     assert load_tensors(out / "model" / "stage2.safetensors")[1]["stage2.disc_base"] == str(sdxl)
     with pytest.raises(UserError, match="--resume: stage2.disc_base"):
-        sodiff.main([*train_args(out, val), "--s2-steps", "1", "--resume"])
+        sodiff.main(train_args("sodiff", out, photos, "--s2-steps", 1, "--resume"))
+
+
+# ---- eval, profile and figures
+
+
+def test_eval_reports_alignment_and_predictions(run):
+    for said in ("own e_text", "rank correlation", "VAE(original)", "JPEG QF 20"):
+        assert said in run.printed
+    results = json.loads((run.folder / "metrics.json").read_text())
+    assert set(results["alignment"]) == {"QF 5", "QF 20", "QF 80"}
+    assert len(results["predictor"]["timestep"]) == 11
+
+
+def test_figures_compare_aligned_and_not(run, not_aligned, photos, tmp_path):
+    shutil.copytree(run.folder / "model", tmp_path / "model")
+    args = ["figures", "--weights", tmp_path, "--against", not_aligned, "--data", photos]
+    said = said_by(sodiff.main, [*map(str, args)], tmp_path)
+    assert "not aligned" in said and "aligned (stage 1)" in said
+    for name in ("fig3.png", "timestep.png"):
+        picture = Image.open(tmp_path / "samples" / name)
+        assert picture.width > 900 and len(picture.convert("RGB").getcolors(1 << 20)) > 50
 
 
 def test_profile_counts_the_papers_model_by_part(capsys):
@@ -664,63 +565,3 @@ def test_profile_counts_the_papers_model_by_part(capsys):
     rows = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "865.91 M" in rows["UNet"] and "16.22 M" in rows["UNet"] and "34.16 M" in rows["VAE encoder"]
     assert {"SAIPE: E_down", "SAIPE: T_align", "time predictor", "VAE decoder", "total"} <= rows.keys()
-
-
-# ---- bad input
-
-
-@pytest.mark.parametrize("command, says", [
-    ("train --out {new} --stage 2", "stage 1 first"),
-    ("train --out {copy} --stage 2 --s2-tau-0 1000", "--s2-tau-0 1000: must be at least 0, at most 999"),
-    ("train --out {copy} --stage 2 --disc-base {empty}", "--disc-base {empty}: no unet there"),
-    ("train --out {new} --s1-crop 100", "--s1-crop 100"),
-    ("train --out {new} --losses l2", "--losses l2: choose from mse"),
-    ("train --out {new} --timestep random", "--timestep random"),
-    ("train --out {new} --data {torn}", "captions.jsonl, line 1"),
-    ("train --out {new} --paper", "--paper needs --data"),
-    ("restore {photo} --weights {run} --tile 100", "--tile 100"),
-    ("restore {photo} --weights {empty}", "stage2.safetensors: no such file"),
-    ("restore nowhere.jpg --weights {run}", "nowhere.jpg"),
-    ("figures --weights {run} --data {torn}", "captions.jsonl, line 1"),
-    ("caption --data {empty} --out {new}", "no images"),
-    ("caption --data {torn} --out {new} --model {empty}", "--model {empty}: cannot be loaded"),
-    ("caption --data {torn} --out {new} --batch 0", "--batch 0")])
-def test_bad_input_is_one_line(run, tmp_path, monkeypatch, capsys, command, says):
-    names = {name: tmp_path / name for name in ("empty", "torn", "new", "copy")}
-    names["empty"].mkdir()
-    names["torn"].mkdir()
-    folder_with(names["torn"], '{"file": "cat.png", "cap')
-    names |= {"run": run[0], "photo": PHOTOS / "val" / "chelsea.png"}
-    args = [word.format(**names) for word in command.split()]
-    if "{copy}" in command:
-        shutil.copytree(run[0], names["copy"])
-        (names["copy"] / "last" / "stage2.safetensors").unlink()
-        args += [*map(str, ("--s1-steps", 4, "--s1-save-every", 2, *SHORT))]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(SystemExit) as end:
-        run_cli(lambda: caption.main(args[1:]) if args[0] == "caption" else sodiff.main(args))
-    said = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == 2 and says.format(**names) in said[-1]
-
-
-def test_damaged_and_foreign_models_are_refused(run, tmp_path):
-    def half(content):
-        return content[:len(content) // 2]
-
-    def of_codiff(content):
-        return content.replace(b"sodiff", b"codiff", 1)
-    for i, (name, damage, says) in enumerate([("stage1", half, "stage1.safetensors: not a readable"),
-                                              ("stage2", half, "stage2.safetensors: not a readable"),
-                                              ("stage2", of_codiff, "not made by sodiff.py")]):
-        out = tmp_path / str(i)
-        shutil.copytree(run[0], out)
-        file = out / "model" / f"{name}.safetensors"
-        file.write_bytes(damage(file.read_bytes()))
-        with pytest.raises(UserError, match=says):
-            sodiff.load(out)
-    out = tmp_path / "swapped"
-    shutil.copytree(run[0], out)
-    shutil.copy(out / "model" / "stage2.safetensors", out / "model" / "stage1.safetensors")
-    with pytest.raises(UserError, match="not made by sodiff.py"):
-        sodiff.load(out)
