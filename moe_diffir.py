@@ -594,7 +594,8 @@ def stage1(run, cfg: Stage1, benchmark: Benchmark) -> MoEDiffIR:
     torch.manual_seed(run.seed)
     model = MoEDiffIR(run.base, cfg, common.text_tokens(run.base, [""])[0], len(run.config["tasks"])).train()
     pairs = CIRPairs(benchmark, cfg, model.cell, run.seed)
-    acc = run.start(cfg, some_unused=cfg.v2t == "small", **dict(model.named_children()))
+    unused = cfg.v2t == "small" or not cfg.lambda_dp  # its class token's layers; the small prior's head
+    acc = run.start(cfg, some_unused=unused, **dict(model.named_children()))
     adam = torch.optim.Adam(model.parameters(), cfg.lr, betas=(0.9, 0.999))
     model, adam = acc.prepare(model, adam)
     sd = acc.unwrap_model(model).sd

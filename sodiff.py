@@ -378,29 +378,24 @@ class SODiff(nn.Module):
 
 class NoisedDiscriminator(Discriminator):
     """D(F(z, t)) of Eqs. 8 and 9: latents are noised to timestep t first, by F; e_img is the given condition.
-    Any UNet on as many channels will do, SDXL's too: latents come with the scaling factor of `sd` and take on
-    that of the UNet's own VAE."""
+    Any UNet on as many channels will do, SDXL's too: latents are of unit variance there as here."""
 
     def __init__(self, base: str | Path, rank: int, sd: SD):
-        from diffusers import AutoencoderKL, DDPMScheduler
+        from diffusers import DDPMScheduler
         try:
             super().__init__(base, rank, given=sd.unet.config.cross_attention_dim)
             schedule = common.load_part(DDPMScheduler, base, "scheduler")
-            with torch.device("meta"):  # of the VAE only the settings matter
-                vae = common.load_part(AutoencoderKL, base, "vae", weights=False)
         except UserError as error:
             raise UserError(f"--disc-base {error}") from None
         takes = self.unet.config.in_channels
         makes = sd.vae.config.latent_channels
         if takes != makes:
             raise UserError(f"--disc-base {base}: takes {takes} latent channels, but the base makes {makes}")
-        self.rescale = vae.config.scaling_factor / sd.vae.config.scaling_factor
         self.register_buffer("alpha_bar", schedule.alphas_cumprod.float(), persistent=False)
 
     def forward(self, z: Tensor, t: Tensor, e_img: Tensor, noise: Tensor) -> Tensor:
         a = self.alpha_bar[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
-        # F(z, t)
-        z_t = a.sqrt() * (z * self.rescale) + (1 - a).sqrt() * noise
+        z_t = a.sqrt() * z + (1 - a).sqrt() * noise  # F(z, t)
         return super().forward(z_t, t, e_img, added_cond_kwargs=self.sdxl_inputs(z_t))
 
     def sdxl_inputs(self, z: Tensor) -> dict[str, Tensor] | None:

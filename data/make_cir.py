@@ -31,7 +31,7 @@ from tqdm import tqdm
 from data.files import UserError, atomic, list_images, note, outputs, read_json, write_json
 from data.pictures import read_image
 from data.results.tables import mean, save_png, text_table
-from data.runs import CommandLine, once, run_cli
+from data.runs import CommandLine, once, processes, run_cli
 
 # Lowest level first. The seven codecs of the paper's 21 tasks, and AVC, which it keeps unseen in training (as
 # it does JPEG QF 25 and VVC QP 32 and 52, Table 2).
@@ -316,16 +316,11 @@ def training_tasks(names: list[str] | None, caches: Caches) -> list[Task]:
     return available(parse_tasks(names or TRAINED))[0] + sorted(added)
 
 
-def several_processes() -> bool:
-    """Whether `accelerate launch` or torchrun started this, which say so in the environment."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
-
-
 def refuse_to_wait(caches: Caches, tasks: list[Task]) -> None:
     """Of several processes one would make what is not there yet, and the others give up waiting for it."""
     ours = [task for task in tasks if task[0] in RANGE]
     commands = []
-    for folders, out in caches if several_processes() else ():
+    for folders, out in caches if processes() > 1 else ():
         record = out / "bench.json"
         failed = " ".join(read_json(record)["failed"]) if record.exists() else ""
         if any(not (out / codec / level / original.relative_to(out / "original")).exists()
@@ -340,7 +335,7 @@ def refuse_to_wait(caches: Caches, tasks: list[Task]) -> None:
 
 def complete(caches: Caches, tasks: list[Task]) -> None:
     """Makes what is not there yet, if no other process waits for it, and says what there is."""
-    for folders, out in () if several_processes() else caches:
+    for folders, out in () if processes() > 1 else caches:
         bench(folders, out, [task for task in tasks if task[0] in RANGE])
     print(f"trains on {coverage(tasks)}")
 

@@ -120,6 +120,11 @@ def filled_rows(path: Path, shape: tuple[int, ...], data, cfg: Settings, acc, ma
     return torch.from_numpy(rows)
 
 
+def processes() -> int:
+    """How many `accelerate launch` or torchrun started, which say so in the environment."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 class Run:
     """Of a training. A stage calls start, resume, batches (and in that loop log, save),
     finish; `train` at the end evaluate."""
@@ -181,9 +186,7 @@ class Run:
         """Yields (step, micro-batch) from step `first` on. Step s trains on samples s * batch onwards, of
         which each process and micro-batch takes its share."""
         acc, cfg = self.acc, self.cfg
-        parts = cfg.accumulate * acc.num_processes  # of a batch
-        cfg.check_multiple("batch", parts)
-        share = cfg.batch // parts
+        share = cfg.batch // (cfg.accumulate * acc.num_processes)
         starts = (s * cfg.batch + (a * acc.num_processes + acc.process_index) * share
                   for s in range(first, cfg.steps) for a in range(cfg.accumulate))
         sampler = ([*range(n, n + share)] for n in starts)
@@ -285,6 +288,8 @@ class CommandLine(argparse.ArgumentParser):
                 raise UserError(f"--seed {args.seed}: must not be negative")
             if args.paper and not args.data:
                 raise UserError("--paper needs --data: folders of photographs (see data/README.md)")
+            for cfg in (stage.of(args) for stage in stages if args.stage in ("all", str(stage.number))):
+                cfg.check_multiple("batch", cfg.accumulate * processes())  # each gets its share
             run(args)
         p = self.command("train", "train both stages, then evaluate", checked)
         p.add_argument("--stage", choices=["1", "2", "all"], default="all")

@@ -292,7 +292,7 @@ def test_discriminator_sees_noised_latents_and_the_given_condition(generator):
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory):
-    """A UNet of SDXL's kind, with a VAE of another scaling factor."""
+    """A UNet of SDXL's kind."""
     folder = tmp_path_factory.mktemp("sdxl")
     torch.manual_seed(0)
     UNet2DConditionModel(
@@ -303,23 +303,18 @@ def sdxl(tmp_path_factory):
         addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=20 + 6 * 8).save_pretrained(folder / "unet")
     shutil.copytree(TINY_SD / "scheduler", folder / "scheduler")
-    (folder / "vae").mkdir()
-    config = json.loads((TINY_SD / "vae" / "config.json").read_text())
-    config["scaling_factor"] /= 2
-    (folder / "vae" / "config.json").write_text(json.dumps(config))
     return folder
 
 
 def test_discriminator_of_sdxls_kind(sdxl, generator):
     D, seen = NoisedDiscriminator(sdxl, 4, generator.sd), {}
-    assert D.rescale == pytest.approx(0.5)
     D.unet.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs, z=args[0]), with_kwargs=True)
     z = torch.randn(2, 16, 8, 12, requires_grad=True)
     D(z, 100, torch.randn(2, 77, 96), torch.zeros_like(z)).sum().backward()
     extra = seen["added_cond_kwargs"]
     assert extra["text_embeds"].shape == (2, 20) and not extra["text_embeds"].any()
     assert extra["time_ids"].tolist() == [[64, 96, 0, 0, 64, 96]] * 2
-    assert torch.allclose(seen["z"], z * 0.5 * D.alpha_bar[100].sqrt()) and z.grad.abs().sum() > 0
+    assert torch.allclose(seen["z"], z * D.alpha_bar[100].sqrt()) and z.grad.abs().sum() > 0
 
 
 def test_discriminator_of_another_latent_is_refused(generator, tmp_path):
