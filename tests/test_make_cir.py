@@ -176,7 +176,8 @@ def test_several_processes_refuse_to_wait_for_the_benchmark(photos, tmp_path, mo
     (own / "torn.png").write_bytes(b"\x89PNG")
     cache = own / ".cir-bench"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    said = refused(moe_diffir.main, ["train", "--stage", "1", "--out", out, "--data", own, "--codecs", *names])
+    train = ["train", "--stage", "1", "--out", out, "--data", own, "--codecs", *names]
+    said = refused(moe_diffir.main, train)
     assert not out.exists() and not cache.exists()
     command = shlex.split(said.split("train: ", 1)[1])
     assert command[:3] == ["python", "-m", "data.make_cir"]
