@@ -323,8 +323,8 @@ def test_discriminator_of_another_latent_is_refused(generator, tmp_path):
     UNet2DConditionModel.from_config(config | {"in_channels": 4}).save_pretrained(tmp_path / "other" / "unet")
     with pytest.raises(UserError, match="--disc-base .*: takes 4 latent channels, but the base makes 16"):
         NoisedDiscriminator(tmp_path / "other", 4, generator.sd)
-    for part in ("vae", "unet"):
-        (tmp_path / "other" / part / "config.json").unlink()
+    for part in ("scheduler", "unet"):
+        shutil.rmtree(tmp_path / "other" / part)
         with pytest.raises(UserError, match=f"--disc-base .*: no {part} there"):
             NoisedDiscriminator(tmp_path / "other", 4, generator.sd)
 
