@@ -347,10 +347,7 @@ class Crops(torch.utils.data.Dataset):
         return self.view(self.read(self.file(n)), n)
 
 
-# ======================================================= from here on: plumbing, which no paper is about
-
-
-# ------------------------------------------------------------------------------------- settings
+# ============================================= from here on: settings and plumbing, which no paper is about
 
 
 def setting(tiny, paper, source: str, flag: str | None = None, *, choices: tuple = (), least: float = 0,
