@@ -1,10 +1,10 @@
 """MoE-DiffIR: Task-customized Diffusion Priors for Universal Compressed Image Restoration (ECCV 2024,
 arXiv 2407.10833v1).
 
-    x_lq -> VAE enc -> z_lq -> z_t at t* -> UNet -> eps -> x0, or N DDIM steps -> z_0 -> VAE dec -> x_hat
+    x_lq -> VAE enc -> z_lq -> z_t at t* -> UNet -> eps -> x0, or N steps of it -> z_0 -> VAE dec -> x_hat
       |                  \\-> MoE-Prompt Module --^ SPADE in ResBlocks       compensator (stage 2) --^
       |-> prior DP -----------> its routers                                (encoder features of x_lq)
-      \\-> quality enhancer -> CLIP -> Visual2Text adapter -> c (the UNet's text tokens)
+      \\-> quality enhancer -> CLIP -> Visual2Text adapter -> c (in place of the caption's tokens)
 
 | paper    | code       | shape                | range                                                       |
 | -------- | ---------- | -------------------- | ----------------------------------------------------------- |
@@ -12,12 +12,14 @@ arXiv 2407.10833v1).
 | z_lq     | z_lq       | (B, C, H / 8, W / 8) | latent of x_lq, scaling factor applied                      |
 | z_t, z_0 | z_t, z_0   | as z_lq              | latent at time t; the original's, or the UNet's estimate    |
 | DP       | dp         | (B, M, D)            | degradation prior, tokens of an image encoder               |
-| x        | x          | (B, width)           | a router's input, pooled; one router for each scale         |
-| G(x)     | gates      | (B, N)               | K softmax values, the others 0                              |
-| prompts  | prompts    | (N, 32, width)       | the experts, N = 7; K = 3 of them are chosen                |
+| -        | f          | (B, L, width)        | features at the L positions of a scale                      |
+| x        | x          | as f                 | a router's input; one router for each scale                 |
+| G(x)     | gates      | (B, L, N)            | K softmax values at every position, the others 0            |
+| prompts  | P          | (N, width, width)    | experts, E_i(f) = f P_i; N = 7, K = 3 of them are chosen    |
+| y        | y          | as f                 | what the prompts make of f                                  |
 
-Where the paper is silent the code says "ours"; what differs from it stands at its place, in lines beginning
-DIFFERS. The benchmark of Sec. 3.5 is data/make_cir.py's.
+Where the paper is silent the code does what the authors' does ("released code"); what differs from either
+stands at its place, in lines beginning DIFFERS. The benchmark of Sec. 3.5 is data/make_cir.py's.
 
     python moe_diffir.py train         # benchmark of the bundled photographs, both stages, a table, a picture
     python moe_diffir.py restore photo.webp -o photo.png
@@ -37,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import common
 from common import (SD, Crops, Settings, UserError, device, load_trained, noise_for, pad_to, rng, setting,
@@ -57,17 +60,18 @@ class Stage1(Settings):
     experts: int        = setting(7,        7,        "Fig. 6: N prompts a scale", "experts", least=1)
     top_k: int          = setting(3,        3,        "Fig. 6: K chosen", "top_k", least=1, most="experts")
     prompt: str         = setting("moe",    "moe",    "Table 2", "prompt", choices=PROMPTS)
-    prompt_length: int  = setting(32,       32,       "ours: tokens of a prompt", least=1)
-    width: int          = setting(64,       320,      "ours: channels of the module, at every scale", least=4)
-    heads: int          = setting(4,        8,        "ours", least=1)
+    width: int          = setting(64,       256,      "released code: channels at every scale", least=4)
+    depth: int          = setting(1,        2,        "released code: ViT blocks a scale", least=1)
+    heads: int          = setting(4,        4,        "released code", least=1)
+    spade: int          = setting(64,       128,      "released code: SPADE's hidden channels", least=1)
     dp: str             = setting("small",  CLIP_B32, "Sec. 3.2, Table 3: 'small', 'none' or a CLIP", "dp")
     v2t: str            = setting("small",  CLIP_H14, "Sec. 3.3, Table 3; H/14 has SD 2.1's space", "clip")
     enhancer: int       = setting(1,        4,        "ours: transformer blocks of the quality enhancer")
     lambda_dp: float    = setting(0.1,      0.0,      "ours: small prior tells tasks apart, as DA-CLIP's")
     crop: int           = setting(128,      256,      "Sec. 4.1", least=1)
     start: str          = setting("lq",     "noise",  "Eq. 2; see `draw`, `sample`", "start", choices=STARTS)
-    start_t: int        = setting(49,       999,      "ours: t* of 'lq'; where sampling starts", most=999)
-    t_max: int          = setting(499,      999,      "Eq. 2: 'noise' has t uniform in 0..t_max", most=999)
+    start_t: int        = setting(49,       49,       "ours: t* of 'lq'; 'noise' has t random", most=499)
+    checkpointing: bool = setting(False,    False,    "ours: less memory, more time")
     lr: float           = setting(1e-3,     5e-5,     "Sec. 4.1")
     clip: float         = setting(1.0,      1.0,      "ours: gradient norm; 0 clips nothing")
     batch: int          = setting(8,        32,       "Sec. 4.1", least=1)
@@ -75,15 +79,12 @@ class Stage1(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.start == "lq" and self.start_t > 499:
-            raise UserError(f"--s1-start-t {self.start_t}: must be at most 499 (--start lq)")
-        self.check_multiple("width", math.lcm(4, self.heads))
+        self.check_multiple("width", self.heads)
 
     def check_steps(self, flag: str, steps: int) -> None:
-        most = 1 if self.start == "lq" else self.start_t + 1
+        most = 1 if self.start == "lq" else 1000
         if not 1 <= steps <= most:
-            raise UserError(f"{flag} {steps}: must be from 1 to {most} (--start {self.start}, "
-                            f"--s1-start-t {self.start_t})")
+            raise UserError(f"{flag} {steps}: must be from 1 to {most} (--start {self.start})")
 
 
 @dataclass
@@ -91,8 +92,8 @@ class Stage2(Settings):
     """Decoder compensator, Sec. 3.4."""
     number = 2
     #                              tiny run  paper run
-    sampling: int        = setting(1,        50,       "ours: steps that make z_0, also in restore", least=1)
-    levels: int          = setting(1,        4,        "ours: decoder's, from full size", least=1, most=4)
+    sampling: int        = setting(1,        200,      "released code: steps to z_0, in restore too", least=1)
+    levels: tuple        = setting((0,),     (1, 2),   "released code: h / 2^i that it works at", most=3)
     blocks: int          = setting(1,        2,        "ours: residual blocks at each of them")
     lpips: str           = setting("small",  "vgg",    "Eq. 4; 'small' needs no download", choices=LPIPS)
     cache_latents: int   = setting(300,      70_000,   "Sec. 4.1: z_0 in advance; 0: none", "cache_latents")
@@ -149,121 +150,109 @@ def zero_init(layer: nn.Module) -> nn.Module:
 
 def top_k_gates(logits: Tensor, k: int) -> Tensor:
     # Eq. 3, Top-K(Softmax(.)): the K largest keep their values, the others are 0
-    g = logits.softmax(-1)  # (B, N)
-    chosen = g.topk(k).indices  # (B, K)
+    g = logits.softmax(-1)  # (.., N)
+    chosen = g.topk(k).indices  # (.., K)
     return torch.zeros_like(g).scatter(-1, chosen, g.gather(-1, chosen))
 
 
-def attend(f: Tensor, p: Tensor) -> Tensor:
-    """softmax(f p^T / sqrt(C)) p, Sec. 3.2's "matrix multiplication"; f (.., L, C), p (.., l, C) -> as f."""
-    return (f @ p.transpose(-1, -2) * f.shape[-1] ** -0.5).softmax(-1) @ p
-
-
 class PromptGenerator(nn.Module):
-    """MoE-Prompt Generator, Fig. 2b: the degradation prior meets the features, a router picks K of N prompts,
-    these interact with the features. Also Table 2's Single, Multiple and No Prompt (Fig. 2a, 2c)."""
+    """MoE-Prompt Generator, Fig. 2b: the degradation prior meets the features, a router picks K of N prompts
+    for every position, these interact with the features. Also Table 2's others: No Prompt; Single, an image
+    that is added (Fig. 2a); Multiple, all N prompts by their weights (Fig. 2c).
+
+    DIFFERS: the release has a router a task, and is told the task in testing too (in training, whose pool of
+    samples shuffles pictures but not tasks, a wrong one). The paper tells of none: one router here."""
 
     def __init__(self, cfg: Stage1, dp_width: int | None):
         super().__init__()
-        self.kind, self.k = cfg.prompt, cfg.top_k
+        self.kind, self.k, c = cfg.prompt, cfg.top_k if cfg.prompt == "moe" else cfg.experts, cfg.width
         if self.kind == "single":  # "image-like", of 8x8 here, enlarged to the features' size
-            self.prompts = nn.Parameter(torch.randn(1, cfg.width, 8, 8) * 0.02)  # Fig. 2a
+            self.P = nn.Parameter(torch.randn(1, c, 8, 8) * 0.02)
         elif self.kind != "none":
-            self.prompts = nn.Parameter(torch.randn(cfg.experts, cfg.prompt_length, cfg.width))  # N of them
-            self.W_g = nn.Linear(cfg.width, cfg.experts, bias=False)  # Eq. 3
+            self.P = nn.Parameter(torch.rand(cfg.experts, c, c) - 0.5)  # the experts, (N, C, C)
+            self.W_g = zero_init(nn.Linear(c, cfg.experts, bias=False))  # Eq. 3
         if self.kind == "moe":
-            self.norm_x = nn.LayerNorm(cfg.width, elementwise_affine=False)  # of the router's input
-            self.W_noise = zero_init(nn.Linear(cfg.width, cfg.experts, bias=False))  # Eq. 3
+            self.W_noise = zero_init(nn.Linear(c, cfg.experts, bias=False))  # Eq. 3
             if dp_width:
                 from diffusers.models.attention_processor import Attention
-                self.norm = nn.LayerNorm(cfg.width)  # before the cross-attention
-                self.meet = Attention(cfg.width, dp_width, heads=cfg.heads, dim_head=cfg.width // cfg.heads)
+                self.meet = Attention(c, dp_width, heads=2 * cfg.heads, dim_head=c // cfg.heads)
 
     def gate(self, f: Tensor, dp: Tensor | None, noise: Tensor | None) -> Tensor:
-        """G(x) (B, N) of features f (B, L, width), prior dp (B, M, D), in training noise (B, N) ~ N(0, 1)."""
-        met = f if dp is None else self.meet(self.norm(f), dp)  # cross-attention: (B, L, width)
-        x = self.norm_x(met.mean(1))                            # (B, width)
-        logits = self.W_g(x)                                    # (B, N)
+        """G(x) (B, L, N) of features f (B, L, C), prior dp (B, M, D), in training noise (B, L, N) ~ N(0, 1).
+        DIFFERS: the release draws that noise in testing too."""
+        x = f if dp is None else self.meet(f, dp)  # cross-attention: (B, L, C)
+        logits = self.W_g(x)                       # (B, L, N)
         if noise is not None:
             # Eq. 3: x W_g + N(0, 1) Softplus(x W_noise)
             logits = logits + noise * F.softplus(self.W_noise(x))
         return top_k_gates(logits, self.k)
 
-    def forward(self, f: Tensor, size: tuple[int, int], dp: Tensor | None, noise: Tensor | None,
-                gates: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Features (B, L, width) of a map of `size` -> (f and the prompts' part, gates, given or new)."""
+    def forward(self, f: Tensor, size: tuple[int, int], dp: Tensor | None,
+                noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Features f (B, L, C) of a map of `size` -> (y, as f; the gates)."""
         if self.kind == "none":
             return f, None
         if self.kind == "single":
-            image = F.interpolate(self.prompts, size, mode="bilinear")  # (1, width, h, w)
-            return f + image.flatten(2).transpose(1, 2), None  # (B, L, width)
-        if self.kind == "multiple":
-            gates = self.W_g(f.mean(1)).softmax(-1) if gates is None else gates  # (B, N)
-            mixed = torch.einsum("bn,nlc->blc", gates, self.prompts)             # (B, 32, width)
-            return f + attend(f, mixed), gates  # Fig. 2c
-        gates = self.gate(f, dp, noise) if gates is None else gates
-        weight, chosen = gates.topk(self.k)  # (B, K) each
-        # Eq. 1: y = sum over the chosen of G(x)_i E_i(x), E_i(x) = softmax(f P_i^T / sqrt(C)) P_i
-        y = attend(f[:, None], self.prompts[chosen])  # (B, K, L, width)
-        return f + (weight[:, :, None, None] * y).sum(1), gates
+            image = F.interpolate(self.P, size, mode="bilinear")  # (1, C, h, w)
+            return f + image.flatten(2).transpose(1, 2), None     # (B, L, C)
+        gates = self.gate(f, dp, noise) if self.kind == "moe" else self.gate(f, None, None)
+        # Eq. 1: y = sum_i G(x)_i E_i(f), E_i(f) = f P_i, Sec. 3.2's "matrix multiplication"
+        return torch.einsum("bln,blc,ncd->bld", gates, f, self.P), gates
 
 
 class MoEPromptModule(nn.Module):
     """Fig. 3c: features of the compressed image at the UNet's scales (h, h/2, h/4, h/8 in SD 2.1), each by a
-    ViT block and a prompt generator."""
+    convolution and ViT blocks; of each scale SPADE gets what the prompts make of them, the next scale the
+    features themselves. DIFFERS: the release norms all scales' features but the last's, by a slip."""
 
-    def __init__(self, cfg: Stage1, channels: int, widths: list[int], dp_width: int | None):
-        from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+    def __init__(self, cfg: Stage1, channels: int, scales: int, dp_width: int | None):
         super().__init__()
         c = cfg.width
-        self.waves, self.time = Timesteps(c, True, 0), TimestepEmbedding(c, c)
-        self.down = nn.ModuleList(nn.Conv2d(c if i else channels, c, 3, 2 if i else 1, 1)
-                                  for i in range(len(widths)))
-        self.at_t = nn.ModuleList(nn.Linear(c, c) for _ in widths)  # how t shifts each scale
-        self.vit = nn.ModuleList(transformer_block(c, cfg.heads) for _ in widths)
-        self.prompt = nn.ModuleList(PromptGenerator(cfg, dp_width) for _ in widths)
-        self.out = nn.ModuleList(nn.Conv2d(c, w, 3, padding=1) for w in widths)  # to the UNet's channels
+        self.conv = nn.ModuleList(nn.Conv2d(c if i else channels, c, 3, 2 if i else 1, 1)
+                                  for i in range(scales))  # Sec. 3.4: all but the first downsample
+        self.vit = nn.ModuleList(nn.Sequential(*(transformer_block(c, cfg.heads) for _ in range(cfg.depth)),
+                                               nn.LayerNorm(c)) for _ in range(scales))
+        self.prompt = nn.ModuleList(PromptGenerator(cfg, dp_width) for _ in range(scales))
 
-    def forward(self, z_lq: Tensor, t: Tensor, dp: Tensor | None, noise: Tensor | None = None,
-                gates: list[Tensor] | None = None) -> tuple[list[Tensor], list[Tensor]]:
-        """z_lq (B, C, h, w), t (B,), noise (B, scales, N) -> (features, gates), one of each a scale."""
-        f = z_lq  # (B, C, h, w)
-        time = self.time(self.waves(t).to(z_lq.dtype))  # (B, width)
-        features, all_gates = [], []
-        for i, down in enumerate(self.down):
-            f = F.silu(down(f) + self.at_t[i](time)[:, :, None, None])  # (B, width, h / 2^i, w / 2^i)
-            size = f.shape[2:]
-            f = self.vit[i](f.flatten(2).transpose(1, 2))               # (B, L, width), L = h w / 4^i
-            own = None if noise is None else noise[:, i], gates[i] if gates else None  # (B, N) each
-            f, g = self.prompt[i](f, size, dp, *own)
-            f = f.transpose(1, 2).unflatten(2, size)                    # (B, width, h / 2^i, w / 2^i)
-            features.append(self.out[i](f))                             # channels of the UNet's scale i
-            all_gates.append(g)
-        return features, [g for g in all_gates if g is not None]
+    def forward(self, z_lq: Tensor, dp: Tensor | None,
+                noise: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """z_lq (B, C, h, w), noise (B, scales, N, h, w) -> each scale's y (B, width, ., .), gates."""
+        f = z_lq.to(self.conv[0].weight.dtype)
+        ys, all_gates = [], []
+        for i, (conv, vit, prompt) in enumerate(zip(self.conv, self.vit, self.prompt)):
+            f = conv(f)                                 # (B, width, h / 2^i, w / 2^i)
+            h, w = f.shape[2:]
+            f = vit(f.flatten(2).transpose(1, 2))       # (B, L, width), L = h w / 4^i
+            own = None if noise is None else noise[:, i, :, :h, :w].flatten(2).transpose(1, 2)  # (B, L, N)
+            y, gates = prompt(f, (h, w), dp, own)
+            f, y = (m.transpose(1, 2).unflatten(2, (h, w)) for m in (f, y))  # (B, width, h / 2^i, w / 2^i)
+            ys.append(y)
+            all_gates.append(gates)
+        return ys, [g for g in all_gates if g is not None]
 
 
 class SPADE(nn.Module):
-    """h -> h + gamma Norm(h) + beta, gamma and beta by convolutions from the module's feature f at h's scale;
-    they start at zero, from the untouched UNet. DIFFERS: Park et al. (2019) keep only the normalised h, which
-    would change the UNet from the start."""
+    """h -> h + gamma Norm(h) + beta, gamma and beta by convolutions from y, the prompts' part at h's scale.
+    DIFFERS: Park et al. (2019), and the release from random weights, have (1 + gamma) Norm(h) + beta, which
+    changes the UNet from the start; here gamma and beta start at zero, from the untouched UNet."""
 
-    def __init__(self, c_f: int, c: int, hidden: int, groups: int):
+    def __init__(self, c_y: int, c: int, hidden: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, c, affine=False)  # gamma and beta come from f
-        self.maps = nn.Sequential(nn.Conv2d(c_f, hidden, 3, padding=1), nn.SiLU(),
+        self.norm = nn.GroupNorm(groups, c, affine=False)  # gamma and beta come from y
+        self.maps = nn.Sequential(nn.Conv2d(c_y, hidden, 3, padding=1), nn.ReLU(),
                                   zero_init(nn.Conv2d(hidden, 2 * c, 3, padding=1)))
 
-    def forward(self, h: Tensor, f: Tensor) -> Tensor:
-        gamma, beta = self.maps(f).chunk(2, 1)  # as h
+    def forward(self, h: Tensor, y: Tensor) -> Tensor:
+        gamma, beta = self.maps(y).chunk(2, 1)  # as h
         return h + self.norm(h) * gamma + beta
 
-    def resblock(self, resnet: nn.Module, h: Tensor, time: Tensor, f: Tensor) -> Tensor:
+    def resblock(self, resnet: nn.Module, h: Tensor, time: Tensor, y: Tensor) -> Tensor:
         """A ResBlock of the UNet, skip(h) + branch(h), with SPADE on its branch (Sec. 3.4); time (B, c_t)."""
         g = resnet.conv1(F.silu(resnet.norm1(h)))  # (B, c, h, w)
         g = g + resnet.time_emb_proj(F.silu(time))[:, :, None, None]
         g = resnet.conv2(F.silu(resnet.norm2(g)))
         skip = h if resnet.conv_shortcut is None else resnet.conv_shortcut(h)  # as g
-        return skip + self(g, f)
+        return skip + self(g, y)
 
 
 CLIP_SIZES = {  # where they are not transformers' defaults, B/32's
@@ -294,8 +283,9 @@ def clip_input(x: Tensor, size: int) -> Tensor:
 
 
 class Prior(nn.Module):
-    """Degradation prior DP, Sec. 3.2: all tokens of a frozen CLIP image encoder. DIFFERS: the paper takes
-    DA-CLIP's, an open_clip checkpoint of a forked architecture; here any CLIP of transformers."""
+    """Degradation prior DP, Sec. 3.2: all tokens of a frozen CLIP image encoder: the paper's DA-CLIP (`python
+    -m data.convert daclip`), or any. DIFFERS: the release leaves out its class token, positions and colour
+    normalisation, and reshapes where it should transpose: each token is made of pieces of all."""
 
     def __init__(self, name: str, weights: bool = True):
         super().__init__()
@@ -332,31 +322,36 @@ class SmallPrior(nn.Module):
 
 class Visual2Text(nn.Module):
     """Sec. 3.3: quality enhancer (transformer blocks, adding to the picture), CLIP's image encoder, adapter
-    (MLPs over channels, over tokens). It is added to the empty caption's tokens, and starts at 0 (ours)."""
+    (tokens plus an MLP's of them, as CLIP-Adapter). Beside CLIP's stand learned tokens, which start as the
+    empty caption's (ours). DIFFERS: the release has CLIP RN50, which transformers lacks, and an enhancer on
+    latents that no optimiser has."""
 
-    def __init__(self, cfg: Stage1, L: int, D: int, weights: bool = True):
+    def __init__(self, cfg: Stage1, empty: Tensor, weights: bool = True):
         super().__init__()
         self.clip = clip_encoder(cfg.v2t, "--clip", weights)
-        c, d = cfg.width, self.clip.config.hidden_size
+        c, d, D = cfg.width, self.clip.config.hidden_size, empty.shape[1]
         self.size = self.clip.config.image_size
         side = 8 if cfg.v2t == "small" else 16
         self.patch = nn.Conv2d(3, c, side, side)  # side x side pixels to a token
         self.position = nn.Parameter(torch.randn(1, (self.size // side) ** 2, c) * 0.02)
         self.enhance = nn.Sequential(*(transformer_block(c, cfg.heads) for _ in range(cfg.enhancer)))
         self.unpatch = zero_init(nn.ConvTranspose2d(c, 3, side, side))
-        self.channels = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, D), nn.GELU(), nn.Linear(D, D))
-        tokens = (self.size // self.clip.config.patch_size) ** 2  # 256 of H/14
-        self.tokens = nn.Sequential(nn.Linear(tokens, L), nn.GELU(), zero_init(nn.Linear(L, L)))
+        self.conv = nn.Conv2d(d, D, 3, padding=1)  # to the text encoder's width
+        self.learned = nn.Parameter(empty.clone())  # (L, D)
+        self.mlp = nn.Sequential(nn.Linear(D, D // 4, bias=False), nn.ReLU(),
+                                 nn.Linear(D // 4, D, bias=False), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) in [-1, 1] -> (B, L, D), to be added to the empty caption's tokens."""
+        """x (B, 3, H, W) in [-1, 1] -> c (B, 256 + L, D)."""
         x = clip_input(x, self.size).to(self.position.dtype)            # (B, 3, 224, 224)
         patches = self.patch(x)                                         # (B, width, 14, 14)
         f = self.enhance(patches.flatten(2).transpose(1, 2) + self.position)  # (B, 196, width)
         x = x + self.unpatch(f.transpose(1, 2).unflatten(2, patches.shape[2:]))  # enhanced, as x
         tokens = self.clip(x).last_hidden_state[:, 1:]                  # without the class token: (B, 256, d)
-        tokens = self.channels(tokens)                                  # (B, 256, D)
-        return self.tokens(tokens.transpose(1, 2)).transpose(1, 2)
+        side = math.isqrt(tokens.shape[1])
+        grid = self.conv(tokens.transpose(1, 2).unflatten(2, (side, side)))  # (B, D, 16, 16)
+        c = torch.cat([grid.flatten(2).transpose(1, 2), self.learned.expand(len(x), -1, -1)], 1)
+        return c + self.mlp(c)
 
 
 class ResidualBlock(nn.Module):
@@ -372,25 +367,27 @@ class ResidualBlock(nn.Module):
 
 class Compensator(nn.Module):
     """Fig. 3d: the VAE decoder with, at some levels, a residual of its features and the encoder's of x_lq, at
-    first zero, weighted by w, as StableSR's feature wrapping (ours). All in units of the channels' deviations
-    over training pictures, which differ by orders of magnitude; each picture's own would set crops apart."""
+    first zero, weighted by w, as StableSR's feature wrapping, which the release takes over. All in units of
+    the channels' deviations over training pictures, which differ by orders of magnitude; each picture's own
+    would set crops apart. DIFFERS: plain residual blocks, the release's are dense."""
 
     def __init__(self, widths: list[int], cfg: Stage2):
-        """`widths`: the VAE's, full size first; a decoder ends at full size."""
+        """`widths`: the VAE's, full size first."""
         super().__init__()
-        self.fuse = nn.ModuleList()
-        for i, c in enumerate(widths[:cfg.levels][::-1]):
-            hidden = max(c, 32)  # channels
-            self.fuse.append(nn.Sequential(
+        self.levels = cfg.levels
+        self.fuse = nn.ModuleDict()
+        for i in self.levels:
+            c, hidden = widths[i], max(widths[i], 32)  # channels
+            self.fuse[str(i)] = nn.Sequential(
                 nn.Conv2d(2 * c, hidden, 3, padding=1), *(ResidualBlock(hidden) for _ in range(cfg.blocks)),
-                nn.SiLU(), zero_init(nn.Conv2d(hidden, c, 3, padding=1))))
+                nn.SiLU(), zero_init(nn.Conv2d(hidden, c, 3, padding=1)))
             self.register_buffer(f"mean{i}", torch.zeros(2 * c, 1, 1))
             self.register_buffer(f"std{i}", torch.ones(2 * c, 1, 1))
 
     def residual(self, i: int, e: Tensor, h: Tensor) -> Tensor:
         """Level i: encoder's and decoder's features (B, c, h, w) -> what is added to the latter."""
         mean, std = getattr(self, f"mean{i}"), getattr(self, f"std{i}")
-        return std[h.shape[1]:] * self.fuse[i]((torch.cat([e.to(h.dtype), h], 1) - mean) / std)
+        return std[h.shape[1]:] * self.fuse[str(i)]((torch.cat([e.to(h.dtype), h], 1) - mean) / std)
 
     def measure_units(self, i: int, e: Tensor, h: Tensor) -> None:
         std, mean = torch.std_mean(torch.cat([e, h], 1).float(), (0, 2, 3), keepdim=True)
@@ -401,17 +398,15 @@ class Compensator(nn.Module):
         """The VAE decoder's forward, with what is added between the ResBlocks and the upsampling of a level;
         with `measure` instead sets the units, from some pictures' latents and features."""
         decoder = sd.vae.decoder
-        n = len(decoder.up_blocks)
         h = decoder.conv_in(sd.vae.post_quant_conv(sd.unscaled(z_0)))  # (B, c, h, w)
         h = decoder.mid_block(h)
-        for level, block in enumerate(decoder.up_blocks):  # from h / 8 to full size
+        for i, block in zip(range(len(features))[::-1], decoder.up_blocks):  # from h / 8 to full size, i = 0
             for resnet in block.resnets:
                 h = resnet(h, None)
-            i, e = level - (n - len(self.fuse)), features[n - 1 - level]  # e: of the same size as h
-            if i >= 0 and measure:
-                self.measure_units(i, e, h)
-            elif i >= 0:
-                h = h + w * self.residual(i, e, h)  # Fig. 3d
+            if i in self.levels and measure:
+                self.measure_units(i, features[i], h)
+            elif i in self.levels:
+                h = h + w * self.residual(i, features[i], h)  # Fig. 3d
             for upsample in block.upsamplers or ():
                 h = upsample(h)
         return decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(h)))  # (B, 3, H, W)
@@ -438,21 +433,20 @@ class MoEDiffIR(nn.Module):
         if cfg.prompt == "moe" and cfg.dp != "none":
             self.prior = SmallPrior(tasks) if cfg.dp == "small" else Prior(cfg.dp, weights)
         dp_width = self.prior.width if self.prior else None
-        self.module = MoEPromptModule(cfg, vae.latent_channels, unet.block_out_channels, dp_width)
+        self.module = MoEPromptModule(cfg, vae.latent_channels, len(unet.block_out_channels), dp_width)
         # as in StableSR, in all ResBlocks of the up blocks, full size first, and in the mid block's first
         blocks = [*reversed(self.sd.unet.up_blocks)]
         self.modulated = [(i, resnet) for i, block in enumerate(blocks) for resnet in block.resnets]
         self.modulated.append((len(blocks) - 1, self.sd.unet.mid_block.resnets[0]))  # (scale, ResBlock)
-        self.spade = nn.ModuleList(SPADE(unet.block_out_channels[i], resnet.out_channels, cfg.width,
-                                         unet.norm_num_groups) for i, resnet in self.modulated)
-        self.v2t = Visual2Text(cfg, *empty.shape, weights) if cfg.v2t != "none" else None
+        self.spade = nn.ModuleList(SPADE(cfg.width, resnet.out_channels, cfg.spade, unet.norm_num_groups)
+                                   for _, resnet in self.modulated)
+        self.v2t = Visual2Text(cfg, empty, weights) if cfg.v2t != "none" else None
         self.register_buffer("empty", empty)
         self.compensator = Compensator(vae.block_out_channels, cfg2) if cfg2 else None
 
     def text(self, x_lq: Tensor) -> Tensor:
-        """c (B, L, D_text)."""
-        c = self.empty.expand(len(x_lq), -1, -1)  # (B, L, D_text)
-        return c if self.v2t is None else c + self.v2t(x_lq)
+        """c (B, tokens, D_text)."""
+        return self.v2t(x_lq) if self.v2t else self.empty.expand(len(x_lq), -1, -1)
 
     def degradation_prior(self, x_lq: Tensor) -> Tensor | None:
         """dp, the mean over windows of the training crop's size that cover x_lq: reduced to the prior's input
@@ -462,34 +456,33 @@ class MoEDiffIR(nn.Module):
         windows = [x_lq[..., y:y + size, x:x + size] for y in ys for x in xs]  # (B, 3, size, size) each
         return sum(map(self.prior, windows)) / len(windows) if self.prior else None
 
-    def unet(self, z_t: Tensor, t: Tensor, c: Tensor, features: list[Tensor]) -> Tensor:
+    def unet(self, z_t: Tensor, t: Tensor, c: Tensor, ys: list[Tensor]) -> Tensor:
         """The UNet's forward, with SPADE in these ResBlocks: (B, C, h, w)."""
         unet, mid = self.sd.unet, self.sd.unet.mid_block
         spade = {resnet: own for own, (_, resnet) in zip(self.spade, self.modulated)}
+        z_t = z_t.to(unet.dtype)
+
+        def modulated(resnet, *given):
+            if self.cfg.checkpointing and torch.is_grad_enabled():
+                return checkpoint(spade[resnet].resblock, resnet, *given, use_reentrant=False)
+            return spade[resnet].resblock(resnet, *given)
         time = unet.time_embedding(unet.get_time_embed(z_t, t))  # (B, c_time)
         h = unet.conv_in(z_t)
         skips = [h]  # for the way up
         for block in unet.down_blocks:
             h, own = block(h, time, **({"encoder_hidden_states": c} if hasattr(block, "attentions") else {}))
             skips += own  # one for each ResBlock and downsampling
-        h = spade[mid.resnets[0]].resblock(mid.resnets[0], h, time, features[-1])  # (B, c, h / 8, w / 8)
+        h = modulated(mid.resnets[0], h, time, ys[-1])  # (B, c, h / 8, w / 8)
         for attention, resnet in zip(mid.attentions, mid.resnets[1:]):
             h = resnet(attention(h, c, return_dict=False)[0], time)
-        for block, f in zip(unet.up_blocks, reversed(features)):  # from h / 8 to h
+        for block, y in zip(unet.up_blocks, reversed(ys)):  # from h / 8 to h
             for j, resnet in enumerate(block.resnets):
-                h = spade[resnet].resblock(resnet, torch.cat([h, skips.pop()], 1), time, f)
+                h = modulated(resnet, torch.cat([h, skips.pop()], 1), time, y)
                 if hasattr(block, "attentions"):
                     h = block.attentions[j](h, c, return_dict=False)[0]
             for upsample in block.upsamplers or ():
                 h = upsample(h, skips[-1].shape[2:])  # odd sides were rounded up
         return unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
-
-    def denoise(self, z_t: Tensor, t: Tensor, z_lq: Tensor, dp: Tensor | None, c: Tensor,
-                noise: Tensor | None = None, gates: list[Tensor] | None = None):
-        """(the modulated UNet's output at timesteps t (B,), the gates)."""
-        dtype = self.sd.unet.dtype
-        features, gates = self.module(z_lq.to(dtype), t, dp, noise, gates)  # one of each a scale
-        return self.unet(z_t.to(dtype), t, c, features), gates
 
     def eps(self, z_t: Tensor, out: Tensor, alpha_bar: Tensor) -> Tensor:
         """The noise that the UNet's output implies, of v sqrt(alpha_bar) v + sqrt(1 - alpha_bar) z_t."""
@@ -498,32 +491,38 @@ class MoEDiffIR(nn.Module):
 
     def forward(self, z_t: Tensor, t: Tensor, z_lq: Tensor, x_lq: Tensor, noise: Tensor):
         """Training: (eps_hat, gates, the small prior's guess of the task or None)."""
-        dp = self.degradation_prior(x_lq)  # (B, M, D)
-        out, gates = self.denoise(z_t, t, z_lq, dp, self.text(x_lq), noise)  # (B, C, h, w), (B, N) a scale
+        dp = self.degradation_prior(x_lq)             # (B, M, D)
+        ys, gates = self.module(z_lq, dp, noise)      # (B, width, ., .), (B, L, N) a scale
+        out = self.unet(z_t, t, self.text(x_lq), ys)  # (B, C, h, w)
         guess = self.prior.head(dp.mean(1)) if isinstance(self.prior, SmallPrior) else None
         return self.eps(z_t, out, self.sd.alpha_bar[t]), gates, guess
 
-    def step(self, t: int, t_next: int | None, dp, c, gates: dict, z_t: Tensor, z_lq: Tensor) -> Tensor:
-        """One call of the UNet: z_t -> z at t_next by DDIM (Song et al. 2021, eta = 0); the last: -> z_0."""
-        alpha_bar, times = self.sd.alpha_bar, torch.full((len(z_t),), t, device=z_t.device)  # (T,), (B,)
-        out, gates[t] = self.denoise(z_t, times, z_lq, dp, c, gates=gates.get(t))
-        z_0 = self.sd.x0(z_t, out, alpha_bar[t])  # (B, C, h, w)
-        if t_next is None:
-            return z_0
-        return diffuse(z_0, self.eps(z_t, out, alpha_bar[t]), alpha_bar[t_next])
+    def sample(self, z_lq: Tensor, x_lq: Tensor, steps: int, generators: list[torch.Generator],
+               tiles=whole) -> Tensor:
+        """z_0 in `steps` calls of the UNet: ancestral sampling (Ho et al. 2020) from noise, each picture's by
+        its generator, over even timesteps, T - 1 to 0. Start "lq": one call, from z_lq without noise."""
+        from diffusers.utils.torch_utils import randn_tensor
+        dp, c = self.degradation_prior(x_lq), self.text(x_lq)  # (B, M, D), (B, tokens, D_text)
+        module = functools.lru_cache(1)(lambda z_lq: self.module(z_lq, dp)[0])  # once; in windows once a step
 
-    def sample(self, z_lq: Tensor, dp: Tensor | None, c: Tensor, steps: int, noise: Tensor,
-               tiles=whole) -> tuple[Tensor, dict[int, list[Tensor]]]:
-        """(z_0, {t: gates}) in `steps` calls of the UNet: z_lq is noised to start_t, then DDIM over evenly
-        spaced timesteps to 0. With one step it is the x0 prediction. Start "lq": z_lq gets no noise."""
-        ts = [round(self.cfg.start_t * (steps - i) / steps) for i in range(steps)]  # falling
-        gates: dict[int, list[Tensor]] = {}
-        alpha_bar = self.sd.alpha_bar[self.cfg.start_t].to(z_lq.device)
-        z = alpha_bar.sqrt() * z_lq if self.cfg.start == "lq" else diffuse(z_lq, noise, alpha_bar)
-        for t, t_next in zip(ts, [*ts[1:], None]):
-            # in tiles the mosaic goes first, and its gates are every window's
-            z = tiles(functools.partial(self.step, t, t_next, dp, c, gates), z, z_lq)
-        return z, gates
+        def predict(t, z_t, z_lq):
+            times = torch.full((len(z_t),), t, device=z_t.device)  # (B,)
+            return self.sd.x0(z_t, self.unet(z_t, times, c, module(z_lq)), self.sd.alpha_bar[t])
+        alpha_bar, t = self.sd.alpha_bar.to(z_lq.device), self.cfg.start_t
+        if self.cfg.start == "lq":
+            return tiles(functools.partial(predict, t), alpha_bar[t].sqrt() * z_lq, z_lq)
+        times = torch.linspace(len(alpha_bar) - 1, 0, steps).round().int().tolist()
+        z = randn_tensor(z_lq.shape, generators, z_lq.device)  # z_T
+        for t, s in zip(times, [*times[1:], None]):
+            z_0 = tiles(functools.partial(predict, t), z, z_lq)  # (B, C, h, w)
+            if s is not None:
+                # z_s ~ q(z_s | z_t, z_0), of variance beta-tilde
+                a, b = alpha_bar[t], alpha_bar[s]
+                variance = (1 - b) / (1 - a) * (1 - a / b)
+                eps = (z - a.sqrt() * z_0) / (1 - a).sqrt()
+                z = b.sqrt() * z_0 + (1 - b - variance).sqrt() * eps
+                z = z + variance.sqrt() * randn_tensor(z.shape, generators, z.device)
+        return z_0
 
     def encode(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """(z, features of x before each downsampling and at the end): the VAE encoder's forward."""
@@ -551,7 +550,7 @@ def draw(n: Tensor, z_lq: Tensor, z_0: Tensor, cfg: Stage1, alpha_bar: Tensor, s
     if cfg.start == "lq":
         a = alpha_bar[cfg.start_t]
         return torch.full_like(n, cfg.start_t), (a / (1 - a)).sqrt() * (z_lq - z_0)
-    t = n.new_tensor([rng(seed, "t", i).integers(cfg.t_max + 1) for i in n.tolist()])
+    t = n.new_tensor([rng(seed, "t", i).integers(len(alpha_bar)) for i in n.tolist()])
     return t, noise_for(n, z_0.shape[1:], seed, "eps")
 
 
@@ -580,7 +579,7 @@ def lpips_vgg() -> nn.Module:
 
 
 def loss_decoder(lpips: nn.Module, x_hat: Tensor, x_hq: Tensor) -> Tensor:
-    # Eq. 4: L_lpips[z_lq, z_0, hr], x_hat being the compensated decoder's, of z_0 and x_lq's encoder features
+    # Eq. 4: L_lpips[z_lq, z_0, hr], x_hat being the compensated decoder's.  DIFFERS: the release adds L1, GAN
     return lpips(x_hat, x_hq).mean()
 
 
@@ -588,19 +587,24 @@ def loss_decoder(lpips: nn.Module, x_hat: Tensor, x_hq: Tensor) -> Tensor:
 
 
 def stage1(run, cfg: Stage1, benchmark: Benchmark) -> MoEDiffIR:
-    """MoE-Prompt Module and Visual2Text adapter, all else frozen, Sec. 3.4. DIFFERS: the paper says "only the
-    MoE-Prompt Module", but has no other stage for the adapter and its quality enhancer. `run`, of
-    data/runs.py, knows where training stood; it brings batches, keeps the log and saves."""
+    """MoE-Prompt Module with SPADE and Visual2Text adapter, all else frozen, Sec. 3.4. `run`, of
+    data/runs.py, knows where training stood; it brings batches, keeps the log and saves.
+
+    DIFFERS: the paper says "only the MoE-Prompt Module", but has no other stage for the adapter. In the
+    release the module alone learns by two slips: SPADE's learning rate, lr // 2, is 0, and the adapter is
+    frozen. Its targets are sharpened: the paper does not say so, and tables compare with plain originals."""
     torch.manual_seed(run.seed)
     model = MoEDiffIR(run.base, cfg, common.text_tokens(run.base, [""])[0], len(run.config["tasks"])).train()
     pairs = CIRPairs(benchmark, cfg, model.cell, run.seed)
     unused = cfg.v2t == "small" or not cfg.lambda_dp  # its class token's layers; the small prior's head
     acc = run.start(cfg, some_unused=unused, **dict(model.named_children()))
+    if cfg.checkpointing:
+        model.sd.unet.enable_gradient_checkpointing()
     adam = torch.optim.Adam(model.parameters(), cfg.lr, betas=(0.9, 0.999))
     model, adam = acc.prepare(model, adam)
     sd = acc.unwrap_model(model).sd
     shape = sd.latent_shape(cfg.crop)  # (C, h, w)
-    gates_shape = (len(sd.unet.config.block_out_channels), cfg.experts)  # (scales, N)
+    gates_shape = (len(sd.unet.config.block_out_channels), cfg.experts, *shape[1:])  # (scales, N, h, w)
     w = {"sd": 1.0, "dp": cfg.lambda_dp}
     first = run.resume({"model": model}, {"adam": adam})  # 0, or the step at which the run was stopped
     for step, (n, x_lq, x_hq, task) in run.batches(pairs, first):
@@ -626,9 +630,9 @@ def stage1(run, cfg: Stage1, benchmark: Benchmark) -> MoEDiffIR:
             common.set_lr(adam, cfg.lr, step, cfg)
             adam.step()  # accelerate has it wait for the step's last batch, and zero_grad too
             adam.zero_grad()
-        # how often each expert is chosen, at every scale
+        # at how many positions each expert is chosen, at every scale
         load = {f"load{i}.{e}@": share for i, g in enumerate(gates)
-                for e, share in enumerate((g > 0).float().mean(0))}
+                for e, share in enumerate((g > 0).float().mean((0, 1)))}
         run.log(step, **terms, loss=loss, **load)
         run.save(step)
     run.finish(model)
@@ -652,8 +656,8 @@ def load_stage1(weights: Path, base: str | Path, cfg2: Stage2) -> MoEDiffIR:
 def make_latents(model: MoEDiffIR, cfg: Stage2, n: Tensor, x_lq: Tensor, seed: int) -> Tensor:
     """z_0 (B, C, h, w) of samples n by stage 1's model, as `restore` makes it."""
     z_lq = model.encode(x_lq)[0].float()  # (B, C, h, w)
-    noise = noise_for(n, z_lq.shape[1:], seed, "z_T")  # as z_lq
-    return model.sample(z_lq, model.degradation_prior(x_lq), model.text(x_lq), cfg.sampling, noise)[0]
+    generators = [torch_rng(seed, "z_T", i) for i in n.tolist()]
+    return model.sample(z_lq, x_lq, cfg.sampling, generators)
 
 
 def cache_latents(run, cfg: Stage2, model: MoEDiffIR, pairs: CIRPairs) -> Tensor:
@@ -724,19 +728,15 @@ def load(weights: Path, base: str | None = None) -> MoEDiffIR:
 
 @torch.inference_mode()
 def restore(model: MoEDiffIR, image: Image.Image, steps: int | None = None, fidelity: float = 1.0,
-            tiles=whole) -> tuple[Image.Image, list[Tensor]]:
-    """One compressed image, any size -> (its restored self, gates (N,) of every scale at the first timestep,
-    in windows those of the mosaic that stands for all). The noise is the same every time."""
-    x_lq = to_tensor(image)[None].to(device())             # (1, 3, H, W)
-    x = pad_to(x_lq, model.cell)                           # sides: multiples of 8
-    dp, c = model.degradation_prior(x_lq), model.text(x_lq)  # (1, M, D), (1, 77, D_text)
-    encode = functools.lru_cache(1)(model.encode)          # the whole picture is encoded once, windows twice
-    z_lq = tiles(lambda x: encode(x)[0], x).float()        # (1, C, h, w)
-    noise = torch.randn(z_lq.shape, generator=torch_rng(0)).to(z_lq.device)
-    z_0, gates_at = model.sample(z_lq, dp, c, steps or model.sampling, noise, tiles)
+            tiles=whole) -> Image.Image:
+    """One compressed image, any size -> its restored self. The noise is the same every time."""
+    x_lq = to_tensor(image)[None].to(device())       # (1, 3, H, W)
+    x = pad_to(x_lq, model.cell)                     # sides: multiples of 8
+    encode = functools.lru_cache(1)(model.encode)    # the whole picture is encoded once, windows twice
+    z_lq = tiles(lambda x: encode(x)[0], x).float()  # (1, C, h, w)
+    z_0 = model.sample(z_lq, x_lq, steps or model.sampling, [torch_rng(0)], tiles)
     x_hat = tiles(lambda z_0, x: model.compensator(model.sd, z_0, encode(x)[1], fidelity), z_0, x)
-    gates = [g[0].float().cpu() for g in gates_at[model.cfg.start_t]]
-    return to_image(x_hat[0, :, :image.height, :image.width]), gates
+    return to_image(x_hat[0, :, :image.height, :image.width])
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -780,7 +780,7 @@ def restorer(args, model: MoEDiffIR | None = None):
     steps = model.sampling if args.steps is None else args.steps
     check_sampling(args, model, [steps])
     tiles_for = common.tool("tiles").tiling(model, args.tile)
-    return lambda image: (restore(model, image, steps, args.fidelity, tiles_for(image.size))[0], "")
+    return lambda image: (restore(model, image, steps, args.fidelity, tiles_for(image.size)), "")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,8 +19,8 @@ a pseudo diffusion timestep t(r), at which one UNet denoises the latents of all 
 | t_{R -> t}(r) | t[r]        | integer                    | pseudo timestep, 0 .. T - 1                    |
 | z_hat_0       | z_hat       | as z_0                     | one-step estimate of z_0                       |
 
-What differs from paper or release stands at its place, in lines beginning DIFFERS.
-Left out: an entropy coder (the paper has none: indices cost log2 V bits each).
+What differs from paper or release stands at its place, in lines beginning DIFFERS. There is no entropy
+coder, as in the paper: indices cost log2 V bits each.
 
     python oscar.py train                      # both stages on the bundled tiny-sd, a table and a picture
     python oscar.py compress photo.jpg photo.oscar --bpp 0.0313
@@ -78,6 +78,7 @@ class Stage1(Settings):
     zoom: int       = setting(2,        1,       "ours: some crops are larger by this, then reduced", least=1)
     jitter: float   = setting(0.2,      0.0,     "ours: of contrast, brightness; nine photos are few")
     period: int     = setting(512,      0,       "ours: as many crops, encoded once; 0: all new")
+    sim: bool       = setting(True,     True,    "Eq. 6, in both stages; Fig. 7", "sim")
     lambda_z: float = setting(4.0,      0.0,     "ours: of |z_tilde - z_0|^2, for lengths")
     lr: float       = setting(2e-3,     2e-5,    "Sec. 4.1")
     batch: int      = setting(8,        64,      "Sec. 4.1", least=1)
@@ -91,6 +92,7 @@ class Stage2(Settings):
     number = 2
     #                             tiny run    paper run
     alignment: bool     = setting(True,       True,     "Fig. 7: else no stage 1, no L_sim", "alignment")
+    keep: float         = setting(0.9,        0.9,      "ours: of a rate's gain, when it is drawn", most=1)
     mapping: str        = setting("measured", "measured", "Fig. 7: measured, random, or a file", "mapping")
     losses: tuple       = setting(LOSSES,     LOSSES,   "Fig. 7: what counts", "losses", choices=LOSSES)
     dists: str          = setting("small",    "vgg16",  "Eq. 15; 'small' needs no download", choices=DISTS)
@@ -102,7 +104,6 @@ class Stage2(Settings):
     crop: int           = setting(128,        256,      "released code", least=1)
     zoom: int           = setting(2,          1,        "ours: some crops are larger, then reduced", least=1)
     jitter: float       = setting(0.2,        0.0,      "ours: of contrast, brightness; nine photos are few")
-    T_D: int            = setting(0,          0,        "ours: D's timestep, for clean latents", most=999)
     lr: float           = setting(5e-4,       5e-5,     "Sec. 4.1")
     lr_D: float         = setting(2e-4,       5e-5,     "Sec. 4.1: one for both")
     weight_decay: float = setting(1e-5,       1e-5,     "Sec. 4.1")
@@ -227,7 +228,6 @@ class Quantizer(nn.Module):
 
 class HyperEncoder(nn.Module):
     """Q_phi(.; r) of one rate, Sec. 3.3: latent (B, C, h, w) -> indices (B, h / s, w / s) -> z_tilde, as z_0.
-
     DIFFERS: the paper puts attention into the back end; the release, which we follow, into the front end."""
 
     def __init__(self, C: int, N: int, M: int, D: int, s: int, V: int):
@@ -254,9 +254,10 @@ class HyperEncoder(nn.Module):
                 nn.init.zeros_(m.bias)
 
     def forward(self, z_0: Tensor) -> tuple[Tensor, Tensor]:
-        """(z_tilde, L_VQ): Eq. 4 in training."""
-        h, l_vq = self.quantizer(self.backbone(z_0))  # (B, M, h / s, w / s)
-        return self.gain * self.proj(h), l_vq         # as z_0
+        """(z_tilde, L_VQ): Eq. 4 in training, in float32 as later."""
+        with torch.autocast(z_0.device.type, enabled=False):
+            h, l_vq = self.quantizer(self.backbone(z_0))  # (B, M, h / s, w / s)
+            return self.gain * self.proj(h), l_vq         # as z_0
 
     def encode(self, z_0: Tensor) -> Tensor:
         """Indices (B, h / s, w / s): all that a file holds."""
@@ -334,7 +335,6 @@ def loss_sim(z_0: Tensor, z_tilde: Tensor) -> Tensor:
 
 def G_sim(z_0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     """G_sim(t) for all t (T,): expected per-position cosine of z_0 (B, C, h, w) and its noisy version.
-
     DIFFERS: Eq. 12 approximates it by sqrt(alpha_bar), which holds for long vectors; for the few channels of
     one position the expectation is lower. Since Eq. 9 compares positions, this is the expectation itself."""
     zz = (z_0 * z_0).sum(1).flatten()  # (positions,)
@@ -407,14 +407,16 @@ def choose_mapping(cfg: Stage2, measured: Path, T: int, seed: int) -> list[int]:
 @torch.no_grad()
 def set_gain(hyper_encoders: nn.ModuleList, z: list[Tensor], reduce=lambda sums: sums) -> None:
     """The cosine leaves z_tilde's scale open. Eq. 11's states are about as large as z_0, so a constant for
-    each rate gives z_tilde z_0's RMS over training latents z; `reduce` joins the sums of all processes.
-
+    each rate gives z_tilde z_0's RMS over training latents z; in stage 2 it follows them.
     DIFFERS: the release scales each channel to its norm in the image's own latent, which no decoder has."""
     for Q in hyper_encoders:
-        of_z_0 = sum(z_0.square().sum() for z_0 in z)
-        of_z_tilde = sum(Q.decode(Q.encode(z_0)).square().sum() for z_0 in z)
-        of_z_0, of_z_tilde = reduce(torch.stack([of_z_0, of_z_tilde]))
-        Q.gain *= (of_z_0 / of_z_tilde).sqrt()
+        Q.gain *= scale(z, [Q.decode(Q.encode(z_0)) for z_0 in z], reduce)
+
+
+def scale(z_0: list[Tensor], z_tilde: list[Tensor], reduce) -> Tensor:
+    """RMS of z_0 over that of z_tilde; `reduce` joins the sums of all processes."""
+    of_z_0, of_z_tilde = reduce(torch.stack([sum(t.square().sum() for t in z) for z in (z_0, z_tilde)]))
+    return (of_z_0 / of_z_tilde).sqrt()
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -468,8 +470,7 @@ def stage1(run, cfg: Stage1) -> None:
     sd.to(acc.device)
     adam = torch.optim.Adam(Qs.parameters(), cfg.lr, fused=True)
     all_rates, adam = acc.prepare(Qs.train(), adam)
-    w = {"sim": 1.0, "vq": 1.0, "z": cfg.lambda_z}  # Eq. 8's weights, and of lengths (ours)
-    shape = sd.latent_shape(cfg.crop)  # (C, h, w)
+    w = {"sim": float(cfg.sim), "vq": 1.0, "z": cfg.lambda_z}  # Eq. 8's weights, and of lengths (ours)
     known: dict[int, Tensor] = {}  # latents of samples, kept where these come again
     first = run.resume({"Q": all_rates}, {"adam": adam})  # 0, or the step at which the run was stopped
     for step, (n, x) in run.batches(photos, first):
@@ -477,7 +478,7 @@ def stage1(run, cfg: Stage1) -> None:
             # forward
             if not all(i in known for i in n.tolist()):
                 with torch.no_grad(), acc.autocast():
-                    z_0 = sd.encode(x, noise_for(n, shape, run.seed, "z_0")).float()  # (B, C, h, w)
+                    z_0 = sd.encode(x, noise_for(n, sd.latent_shape(cfg.crop), run.seed, "z_0")).float()
                 known = (known if cfg.period else {}) | dict(zip(n.tolist(), z_0))
             z_0 = torch.stack([known[i] for i in n.tolist()])
             l_sim, l_vq, l_z = all_rates(z_0)  # (8,) each, one a rate
@@ -498,8 +499,7 @@ def stage1(run, cfg: Stage1) -> None:
             for r, Q in enumerate(Qs):
                 redraw = torch_rng(run.seed, "codebook", step, r)
                 live[f"live@{NAMES[r]}"] = Q.quantizer.update(cfg.ema, acc.gather, redraw)
-        cosines = {f"cos@{name}": -v for name, v in zip(NAMES, l_sim)}
-        run.log(step, **terms, **cosines, **live)
+        run.log(step, **terms, **{f"cos@{name}": -v for name, v in zip(NAMES, l_sim)}, **live)
         run.save(step)
     z, eps = latents(acc, sd, photos, cfg, run.seed)
     set_gain(Qs, z, acc.reduce)
@@ -542,11 +542,10 @@ def stage2(run, cfg: Stage2, cfg1: Stage1, dists: nn.Module) -> None:
     if not cfg.alignment:  # else stage 1 has set it
         set_gain(Qs, latents(acc, sd, Photos(run.data, cfg1, 1, run.seed), cfg1, run.seed)[0], acc.reduce)
     critic = acc.unwrap_model(D)
-    gan = "gan" in cfg.losses
-    # Weights in Eqs. 14 and 15; Fig. 7 leaves terms out
-    w = {"repa": cfg.lambda_repa, "mse": cfg.lambda_1 * ("mse" in cfg.losses),
+    w = {"repa": cfg.lambda_repa, "mse": cfg.lambda_1 * ("mse" in cfg.losses),  # Fig. 7 leaves terms out
          "dists": cfg.lambda_1 * cfg.lambda_dists * ("dists" in cfg.losses),
-         "ea": cfg.lambda_1 * cfg.lambda_dists * ("ea" in cfg.losses), "gan_g": cfg.lambda_2 * gan}
+         "ea": cfg.lambda_1 * cfg.lambda_dists * ("ea" in cfg.losses),
+         "gan_g": cfg.lambda_2 * ("gan" in cfg.losses)}
     first = run.resume({"G": G, "D": D}, {"opt_G": opt_G, "opt_D": opt_D})
     for step, (n, x) in run.batches(photos, first):
         r = int(rng(run.seed, "rate", step).integers(len(RATES)))
@@ -559,9 +558,9 @@ def stage2(run, cfg: Stage2, cfg1: Stage1, dists: nn.Module) -> None:
             l_sim = loss_sim(z_0, z_tilde)
             # G: losses, backward
             with frozen(critic):  # until after backward: checkpointing runs its forward again there
-                terms = {"repa": cfg.alignment * l_sim + l_vq, "mse": loss_mse(x_hat, x),
+                terms = {"repa": (cfg.alignment and cfg1.sim) * l_sim + l_vq, "mse": loss_mse(x_hat, x),
                          "dists": dists(x_hat, x).mean(), "ea": loss_ea(dists, x_hat, x),
-                         "gan_g": loss_G(critic(z_hat, cfg.T_D))}
+                         "gan_g": loss_G(critic(z_hat, 0))}  # t = 0: clean latents
                 weighted = {k: w[k] * term for k, term in terms.items()}
                 loss = sum(weighted.values())  # Eq. 14, its L_per being Eq. 15
                 if step == 0:
@@ -573,8 +572,8 @@ def stage2(run, cfg: Stage2, cfg1: Stage1, dists: nn.Module) -> None:
             opt_G.step()
             opt_G.zero_grad()
             # D: forward, loss, backward, clip, learning rate (falls with G's), step
-            if gan:
-                fake, true = D(torch.cat([z_hat.detach(), z_0]), cfg.T_D).chunk(2)  # (B, 1, ., .) each
+            if "gan" in cfg.losses:
+                fake, true = D(torch.cat([z_hat.detach(), z_0]), 0).chunk(2)  # (B, 1, ., .) each
                 l_D = loss_D(fake, true)
                 acc.backward(l_D)
                 common.clip(acc, D, cfg.clip)
@@ -582,9 +581,10 @@ def stage2(run, cfg: Stage2, cfg1: Stage1, dists: nn.Module) -> None:
                 opt_D.step()
                 opt_D.zero_grad()
                 logged = {"gan_d": l_D, "right": critic.accuracy(fake, true)}
-        if acc.sync_gradients:  # the codebook steps with the others
+        if acc.sync_gradients:  # the codebook steps with the others, and the gain follows
             redraw = torch_rng(run.seed + 1, "codebook", step, r)
             logged[f"live@{NAMES[r]}"] = Qs[r].quantizer.update(cfg1.ema, acc.gather, redraw)
+            Qs[r].gain *= scale([z_0], [z_tilde.detach()], acc.reduce) ** (1 - cfg.keep)
         run.log(step, **terms, vq=l_vq, **{f"cos@{NAMES[r]}": -l_sim}, **logged, loss=loss)
         run.save(step)
     run.finish(G, t=t, fingerprint=sd.fingerprint)

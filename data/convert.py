@@ -4,33 +4,44 @@
     python -m data.convert oscar oscar.pkl --out runs/official-oscar           # jinpeig/OSCAR on the hub
     python codiff.py restore photo.jpg -o photo.png --weights runs/official
     python -m data.convert half runs/codiff --out data/weights/codiff          # a run in half precision
+    python -m data.convert daclip daclip_ViT-B-32.pt --out runs/daclip         # Algolzw/daclip-uir links it
+    python moe_diffir.py train --paper --dp runs/daclip
 
-Needs the base they were trained on, SD 2.1-base or SD 2.1. Nothing in a file is executed."""
+CODiff and OSCAR need the base they were trained on, SD 2.1-base or SD 2.1. DA-CLIP's controller becomes a
+CLIP of transformers, for MoE-DiffIR's prior. Nothing in a file is executed."""
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import codiff
 import oscar
 from common import SD21_BASE, Settings, load_trained, trained
-from data.files import UserError, note, read_json, read_model, save_tensors, write_json
+from data.files import UserError, atomic, note, read_json, read_model, save_tensors, write_json
 from data.runs import CommandLine, run_cli
 
 
 def load_pickle(path: Path) -> dict:
-    """A torch checkpoint of tensors and plain containers; anything else is refused, not executed."""
+    """A torch checkpoint of tensors, numbers and plain containers; anything else is refused, not executed."""
+    number = np.float64().__reduce__()[0]  # makes NumPy's numbers, such as a learning rate of open_clip's
+    numbers = [(number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # NumPy 1, NumPy 2
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([*numbers, np.dtype, np.dtypes.Float64DType]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # torch raises many kinds for a damaged, foreign or unsafe file
-        why = (str(error) or type(error).__name__).splitlines()[0][:120]
+        why = str(error).split("WeightsUnpickler error: ")[-1].split("\n")[0][:120] or type(error).__name__
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            why = f"it holds {code[1]}, which is no tensor"
+            why += "; Lightning checkpoints, MoE-DiffIR's too, have no converter" * ("lightning" in why)
         raise UserError(f"{path}: not a checkpoint that loads safely ({why})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a checkpoint, but a {type(content).__name__}")
@@ -110,6 +121,40 @@ def convert_oscar(oscar_pkl: Path, base: str | None, out: Path) -> None:
               fingerprint=G.sd.fingerprint)
 
 
+CLIP_NAMES = {  # open_clip's -> transformers'; DA-CLIP's controller has `transformer.transformer.resblocks`
+    r"^conv1": "embeddings.patch_embedding", r"^class_embedding": "embeddings.class_embedding",
+    r"^positional_embedding": "embeddings.position_embedding.weight", r"^ln_pre": "pre_layrnorm",
+    r"^ln_post": "post_layernorm", r"^(transformer\.)+resblocks": "encoder.layers",
+    r"\.ln_(\d)": r".layer_norm\1", r"\.attn": ".self_attn", r"\.c_fc": ".fc1", r"\.c_proj": ".fc2"}
+
+
+def convert_daclip(daclip_pt: Path, base: str | None, out: Path) -> None:
+    """DA-CLIP's controller, a plain ViT with exact GELU and heads of 64, as a CLIPVisionModel. Left out: the
+    projection, and `zero_modules`, which lead to DA-CLIP's other image encoder."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+    release, ours = load_pickle(daclip_pt), {}
+    part = release.get("state_dict")  # beside the optimizer's
+    for k, v in (part if isinstance(part, dict) else release).items():
+        before, _, k = str(k).partition("visual_control.")
+        if before.startswith("structcond_stage_model."):
+            raise UserError(f"{daclip_pt}: MoE-DiffIR's checkpoint, which has no converter; give DA-CLIP's")
+        if before in ("", "module.") and isinstance(v, Tensor) and k != "proj" and "zero_modules" not in k:
+            for theirs, name in CLIP_NAMES.items():
+                k = re.sub(theirs, name, k)
+            names = [k.replace("in_proj_", f"{n}_proj.") for n in "qkv"] if "in_proj_" in k else [k]
+            ours |= zip(names, v.float().chunk(len(names)))  # in_proj: (3 width, ..)
+    conv, positions = (ours.get(f"embeddings.{k}_embedding.weight") for k in ("patch", "position"))
+    fc1 = [v for k, v in ours.items() if k.endswith("fc1.weight")]  # (4 width, width) a block
+    if getattr(conv, "ndim", 0) != 4 or len(conv) % 64 or positions is None or not fc1:
+        raise UserError(f"{daclip_pt}: not DA-CLIP's controller (visual_control, a whole ViT, is missing)")
+    width, _, patch, _ = conv.shape
+    net = CLIPVisionModel(CLIPVisionConfig(
+        hidden_size=width, intermediate_size=len(fc1[0]), num_hidden_layers=len(fc1), hidden_act="gelu",
+        num_attention_heads=width // 64, patch_size=patch, image_size=patch * math.isqrt(len(positions) - 1)))
+    load_trained(getattr(net, "vision_model", net), ours, daclip_pt)  # transformers 4 has it inside
+    atomic(out, net.save_pretrained)
+
+
 def write_run(out: Path, script: str, base, settings: list[Settings], results: dict[int, dict],
               **more) -> None:
     """What a run leaves: config.json, and a file of tensors a stage, with the settings in its header."""
@@ -132,23 +177,25 @@ def convert_half(run: Path, base: str | None, out: Path) -> None:
 
 
 RELEASES = {"codiff": (convert_codiff, ["cave.pth", "codiff.pkl"]), "oscar": (convert_oscar, ["oscar.pkl"]),
-            "half": (convert_half, ["RUN"])}
+            "half": (convert_half, ["RUN"]), "daclip": (convert_daclip, ["daclip_ViT-B-32.pt"])}
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = CommandLine("convert.py", description="released checkpoints into a run's folder")
+    p = CommandLine("convert.py", description="released checkpoints into folders that the scripts read")
     p.add_argument("kind", choices=list(RELEASES), help="whose release; half: of a run")
-    p.add_argument("files", nargs="+", type=Path, help="cave.pth codiff.pkl; oscar.pkl; a run's folder")
+    p.add_argument("files", nargs="+", type=Path,
+                   help="cave.pth codiff.pkl; oscar.pkl; a run's folder; daclip_ViT-B-32.pt")
     p.add_argument("--out", type=Path, required=True, help="the folder to write")
     p.add_argument("--base", help="diffusers folder or hub id (default: the paper's)")
     args = p.parse_args(argv)
     convert, names = RELEASES[args.kind]
     if len(args.files) != len(names):
         p.error(f"{args.kind} takes {' and '.join(names)}")
-    if (args.out / "config.json").exists():
-        raise UserError(f"--out {args.out}: holds a run; name another folder")
+    if args.out.is_file() or any(args.out.glob("*" if args.kind == "daclip" else "config.json")):
+        raise UserError(f"--out {args.out}: holds a run or other files; name another folder")
     convert(*args.files, args.base, args.out)
-    print(f"{args.out}: written; the script takes it by --weights {args.out}")
+    script, flag = ("moe_diffir.py train", "--dp") if args.kind == "daclip" else ("the script", "--weights")
+    print(f"{args.out}: written; {script} takes it by {flag} {args.out}")
 
 
 if __name__ == "__main__":

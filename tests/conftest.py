@@ -1,5 +1,6 @@
 """What more than one test file needs."""
 
+import argparse
 import contextlib
 import fcntl
 import functools
@@ -8,8 +9,10 @@ import io
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import socket
+from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what the tests compare bit for bit is so on CPUs alone
 
@@ -21,7 +24,7 @@ import torch.nn.functional as F
 from common import PHOTOS
 from data.files import load_tensors
 from data.pictures import read_image
-from data.runs import Run, run_cli
+from data.runs import CommandLine, Run, run_cli
 
 del lpips.LPIPS  # with a network or without: LPIPS and DISTS show as '-' here
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -35,7 +38,7 @@ STEPS = {"steps": 4, "save-every": 2, "batch": 2, "crop": 64}
 NARROW = {"codiff": [],
           "sodiff": ["--s1-width", 24, "--s2-widths", "16,16,16,32"],
           "oscar": ["--s1-N", 16, "--s1-M", 16, "--s1-D", 8, "--s1-measure", 8],
-          "moe_diffir": ["--s1-width", 16, "--s1-heads", 2, "--cache-latents", 5]}
+          "moe_diffir": ["--s1-width", 16, "--s1-heads", 2, "--s1-spade", 16, "--cache-latents", 5]}
 
 
 def train_args(script: str, out, photos, *more) -> list[str]:
@@ -152,6 +155,31 @@ def refused(capsys, monkeypatch):
         assert end.value.code == 2 and "Traceback" not in said
         return said.strip().splitlines()[-1]
     return line
+
+
+class Parsed(Exception):
+    """Where a command would begin to work."""
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """parsed(line): what `python SCRIPT.py ...` or `python -m TOOL ...` reads from its flags, and no more."""
+    def parse_args(self, argv):
+        raise Parsed(argparse.ArgumentParser.parse_args(self, argv))
+
+    def read(line: str) -> argparse.Namespace:
+        words = shlex.split(line)
+        at = next(i for i, word in enumerate(words) if word == "-m" or word.endswith(".py"))
+        name = words[at + 1] if words[at] == "-m" else Path(words[at]).stem
+        module = importlib.import_module(name)
+        with monkeypatch.context() as patch, pytest.raises(Parsed) as end:
+            patch.setattr(CommandLine, "parse_args", parse_args)
+            module.main(words[at + 1 + (words[at] == "-m"):])
+        args = end.value.args[0]
+        if getattr(args, "command", "") == "train":
+            module.Stage1.of(args), module.Stage2.of(args)  # refuse what is out of range
+        return args
+    return read
 
 
 def moved_by(loss, module) -> set[str]:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from common import PHOTOS
 from data.files import ROOT, UserError
 from data.results import ablations, pages, seeds
 from data.results.pages import verdict
@@ -23,7 +24,7 @@ def test_every_script_is_measured():
         assert not [script for script in papers() if script in text], name
 
 
-@pytest.mark.parametrize("script, flags", [(s, c.flags) for s in papers() for c in paper(s).CHOICES])
+@pytest.mark.parametrize("script, flags", [(s, c.words(s)) for s in papers() for c in paper(s).CHOICES])
 def test_flags_are_the_scripts(script, flags, tmp_path):
     args = ["train", *shlex.split(flags), "--data", str(tmp_path / "nowhere")]
     with pytest.raises(UserError, match="nowhere"):  # the flags have been read when the folder is looked for
@@ -66,6 +67,30 @@ def test_verdicts():
     assert said([2, 2.2, 2.11], [3, 3.2, 3.1])[1] == "**reversed**"
     assert said([2, 4, 3], [1, 2.5, 3.5])[1] == "not told apart"
     assert said([2], [1])[1] == "one seed: not known" and said([], [1])[1] == "not run"
+
+
+@pytest.mark.parametrize("script", papers())
+@pytest.mark.parametrize("size", [[], ["--paper", "--data", "my pieces", "LSDIR", "--val", "LIVE1"]])
+def test_a_dry_run_prints_what_the_script_takes_and_runs_nothing(script, size, parsed, tmp_path, capsys):
+    folders = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    ablations.main([script, *size, *folders, "--seeds", "2", "--dry-run"])
+    read = [parsed(line) for line in capsys.readouterr().out.splitlines()]
+    choices = [c.name for c in paper(script).CHOICES if size or not c.paper_only]
+    assert len(read) == 2 * 2 * len(choices) and not [*tmp_path.iterdir()]
+    names = [f"{name}-{seed}" for seed in (0, 1) for name in choices]
+    trainings, measured = read[::2], read[1::2]
+    assert [args.out.name for args in trainings] == [args.weights.name for args in measured] == names
+    for args in trainings:
+        assert args.paper == bool(size) and args.seed == int(args.out.name[-1])
+        assert args.data == ([Path("my pieces"), Path("LSDIR")] if size else None)
+    for args in measured:
+        assert (args.metrics, args.data) == (("all", ["LIVE1"]) if size else ("basic", [str(PHOTOS / "val")]))
+
+
+def test_steps_of_a_choice_are_relative_to_the_runs():
+    long = next(c for c in paper("oscar").CHOICES if c.longer > 1)
+    assert long.words("oscar") == "--no-alignment --s2-steps 480"
+    assert long.words("oscar", at_paper_size=True) == "--no-alignment --s2-steps 200000"
 
 
 @pytest.fixture
@@ -142,6 +167,36 @@ def test_what_changes_stage_2_alone_goes_on_from_the_defaults_stage_1(trainings,
     assert [p.name for p in (tmp_path / "codiff" / "l2-gan-0" / "last").iterdir()] == ["stage1.safetensors"]
     assert not (tmp_path / "codiff" / "empty-0" / "last").exists()
     assert all(r["seconds"] is not None for r in json.loads((tmp_path / "codiff.json").read_text()))
+
+
+def test_at_paper_size_a_run_has_a_gpu_and_figures_are_kept_apart(trainings, tmp_path, monkeypatch, capsys):
+    stub, gpus = ablations.subprocess.run, []
+
+    def run_on(command, env=None, **options):
+        gpus.append(env and env["CUDA_VISIBLE_DEVICES"])  # (git has none)
+        return stub(command, env=env, **options)
+    monkeypatch.setattr(ablations.subprocess, "run", run_on)
+    monkeypatch.setattr(ablations.torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(ablations.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    args = ["--paper", "--data", tmp_path, "--val", PHOTOS / "val", "--only", "default", "learnable"]
+    with pytest.raises(UserError, match="there is no GPU here"):
+        run(tmp_path, *args)
+    monkeypatch.setattr(ablations.torch.cuda, "is_available", lambda: True)
+    run(tmp_path, *args)
+    assert {*gpus} == {None, "0", "1"} and sorted(c[0] for c in trainings) == ["eval"] * 2 + ["train"] * 2
+    rows = json.loads((tmp_path / "codiff-paper.json").read_text())
+    assert not (tmp_path / "codiff.json").exists() and {row["machine"] for row in rows} == {"a GPU"}
+    assert rows[0]["command"] == f"python codiff.py train --paper --data {tmp_path.name} --seed 0"
+    assert rows[0]["eval"] == "--data val --metrics all --qf 1 5 10 20"
+    said = capsys.readouterr().out
+    assert "\nJPEG QF 5\n" in said and "compressed" not in said and "\nlearnable  20.00" in said
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")
+    assert ablations.places(SimpleNamespace(paper=True, processes=1)) == [{"CUDA_VISIBLE_DEVICES": "6"}]
+    refusals = {"--paper needs --data": ["--paper"], "--val goes with --paper": ["--val", tmp_path]}
+    for says, words in refusals.items():
+        with pytest.raises(UserError, match=says):
+            run(tmp_path, *words)
 
 
 def test_the_weights_that_ship_are_measured_and_not_trained(trainings, tmp_path, monkeypatch):

@@ -88,13 +88,13 @@ TRAIN = [("", "--s1-lr fast", "--s1-lr: invalid float"), ("", "--no-such-flag"),
          ("moe_diffir", "--experts 0"), ("moe_diffir", "--prompt two", "--prompt two: choose from none"),
          ("moe_diffir", "--s2-sampling 0"),
          ("moe_diffir", "--s2-sampling 2", "--s2-sampling 2: must be from 1 to 1 (--start lq"),
-         ("moe_diffir", "--start noise --s2-sampling 51", "--s2-sampling 51: must be from 1 to 50"),
+         ("moe_diffir", "--start noise --s2-sampling 1001", "--s2-sampling 1001: must be from 1 to 1000"),
          ("moe_diffir", "--start there", "--start there: choose from lq, noise"),
-         ("moe_diffir", "--s1-start-t 999", "--s1-start-t 999: must be at most 499 (--start lq)"),
-         ("moe_diffir", "--s2-levels 0"), ("moe_diffir", "--cache-latents -1"),
+         ("moe_diffir", "--s1-start-t 999"), ("moe_diffir", "--s2-levels 0,4", "--s2-levels 4: must be"),
+         ("moe_diffir", "--cache-latents -1"),
          ("moe_diffir", "--codecs bpg", "--codecs bpg: choose from"), ("moe_diffir", "--s1-width 30"),
          ("moe_diffir", "--dp {empty}", "--dp {empty}: no CLIP"),
-         ("moe_diffir", "--clip {empty}", "--clip {empty}: no CLIP"), ("moe_diffir", "--s1-t-max 1000")]
+         ("moe_diffir", "--clip {empty}", "--clip {empty}: no CLIP")]
 
 USE = [("", "nowhere.jpg", "nowhere.jpg: no such file"), ("", "{empty}", "{empty}: no images"),
        ("", "{text}", "notes.jpg: not an image"),

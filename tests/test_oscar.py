@@ -21,7 +21,9 @@ import oscar
 from common import PHOTOS, SD, TINY_SD, Discriminator, dists_small, frozen, load_trained, rng, to_tensor
 from conftest import (CAT, alpha_bars, are_binary_cross_entropy, before_stage_2, moved_by, rows_of, said_by,
                       tops, train_args)
+from data import make_cir
 from data.files import UserError, load_tensors, save_tensors
+from data.pictures import read_image
 from data.results import complexity, evaluate
 from data.results import oscar as measures
 from data.results.tables import text_table
@@ -556,6 +558,30 @@ def test_eval_measures_as_the_paper_does(run, tmp_path, photos, monkeypatch, cap
     assert Image.open(out / "samples" / "rd.png").width == pytest.approx(len(panels) * 4.5 * 110, abs=1)
 
 
+@pytest.mark.parametrize("codec", ["hevc", "vvc"])
+def test_eval_takes_video_codecs_and_other_models(run, tmp_path, photos, codec, monkeypatch, capsys, refused):
+    """Bits are make_cir's; a model beside itself is itself."""
+    out = shutil.copytree(run.folder, tmp_path / "run")
+    args = ["eval", "--weights", out, "--data", photos / "cat.png", "--anchor", codec.upper()]
+    if why := make_cir.missing_for(codec):
+        pytest.skip(why)
+    oscar.main([*map(str, args), "--bpp", "0.0019", "0.1250", "--against", str(run.folder)])
+    said = capsys.readouterr().out
+    assert f"BD-rate of OSCAR against {codec.upper()}" in said and "\nby run 0.1250" in said
+    results = json.loads((out / "metrics.json").read_text())["results"]
+    for name in ("0.0019", "0.1250"):
+        assert results[f"by run {name}"] == results[f"OSCAR {name}"]
+    qps = measures.QPS[codec.upper()]
+    image = read_image(photos / "cat.png")[0]
+    size = make_cir.compress(image, codec, str(qps[0]))[1]
+    assert results[f"{codec.upper()}, QP {qps[0]}"]["bpp"] == 8 * size / (133 * 91)
+    bits = [bpp for bpp, _ in measures.curve(results, codec.upper(), "PSNR")]
+    assert len(bits) == len(qps) and bits == sorted(bits)
+    assert [len(measures.curve(results, name, "PSNR")) for name in ("OSCAR", "by run")] == [2, 2]
+    monkeypatch.setattr(make_cir, "missing_for", lambda codec: f"no {codec} here")
+    assert refused(oscar.main, args).endswith(f"--anchor {codec.upper()}: no {codec} here")
+
+
 def test_profile_counts_the_papers_model_and_times_hyper_encoders_as_inference_has_them(monkeypatch, capsys):
     """In float32, where VAE and UNet are in bf16, as on CUDA."""
     oscar.main(["profile", "--paper", "--size", "768x512", "--no-time"])
@@ -572,9 +598,20 @@ def test_profile_counts_the_papers_model_and_times_hyper_encoders_as_inference_h
     assert [dtypes for where, *dtypes in seen if where == "cpu"] == [[torch.bfloat16, {torch.float32}]]
 
 
-def test_figures(run, photos, tmp_path):
+@pytest.mark.usefixtures("no_evaluation")
+def test_figures_and_with_a_second_run_fig_8(run, photos, tmp_path, capsys, refused):
+    """A run without alignment has neither mapping nor stage 1: it is compared, and draws nothing itself."""
     shutil.copytree(run.folder, tmp_path / "run")
-    args = ["figures", "--weights", tmp_path / "run", "--data", photos]
-    assert "0.1250 bpp, after" in said_by(oscar.main, [*map(str, args)], tmp_path)
-    for name in ("fig2", "fig4", "fig8"):
-        assert Image.open(tmp_path / "run" / "samples" / f"{name}.png").width > 500
+    samples, other = tmp_path / "run" / "samples", tmp_path / "other"
+    args = [str(w) for w in ("figures", "--weights", tmp_path / "run", "--data", photos, "--against", other)]
+    assert "0.1250 bpp, after" in said_by(oscar.main, args, tmp_path)
+    for name in ("fig2", "fig4", "alignment"):
+        assert Image.open(samples / f"{name}.png").width > 500
+    assert not (samples / "fig8.png").exists()
+    assert f"no Fig. 8; to compare: oscar.py train --no-alignment --out {other}" in capsys.readouterr().err
+    oscar.main(train_args("oscar", other, photos, "--no-alignment"))
+    assert [p.name for p in (other / "model").iterdir()] == ["stage2.safetensors"]
+    said_by(oscar.main, args, tmp_path)
+    assert Image.open(samples / "fig8.png").width > 500
+    assert "was trained with --no-alignment and has no mapping" in refused(
+        oscar.main, ["figures", "--weights", other, "--data", photos])

@@ -9,6 +9,8 @@ import sys
 import pytest
 
 from common import ROOT
+from data.results import ablations
+from data.results.tables import paper
 
 SCRIPTS = ("codiff", "oscar", "sodiff", "moe_diffir")
 COMMANDS = {script: ("train", "restore", "eval", "profile", "figures") for script in SCRIPTS}
@@ -20,6 +22,8 @@ PAGES = {path: path.read_text() for path in [ROOT / "README.md", ROOT / "data" /
 README = PAGES[ROOT / "README.md"]
 ALL = "\n".join(PAGES.values())
 CODE = re.findall(r"^\|.*\| `((?:codiff|oscar|sodiff|moe_diffir|common|data)\.[\w.]+)` \|$", ALL, re.M)
+SECTION = re.compile(r"^## From the paper to a command$(.*?)^## ", re.M | re.S)
+ITEMS = {"codiff": (5, 7), "sodiff": (4, 5), "oscar": (0, 8), "moe_diffir": (3, 6)}  # tables, figures
 FLAG = re.compile(r"--[A-Za-z0-9][A-Za-z0-9-]*")
 
 
@@ -76,6 +80,30 @@ def test_no_page_names_a_command_or_a_flag_that_there_is_not(capsys):
         known = known.union(*(help_of_script(script, command, capsys) for command in COMMANDS[script]))
     known = known.union(*(help_of_tool(tool, capsys) for tool in TOOLS))
     assert not set(FLAG.findall(ALL)) - known
+
+
+def section_of(script: str) -> str:
+    return SECTION.search(PAGES[ROOT / "data" / "results" / f"{script}.md"])[1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_table_and_figure_of_a_paper_has_its_command_or_none(script):
+    rows = re.findall(r"^\| (Table|Fig\.) (\d)[ab]? \|.*\| (.*) \|$", section_of(script), re.M)
+    tables, figures = ITEMS[script]
+    assert {row[:2] for row in rows} == {*(("Table", f"{n + 1}") for n in range(tables)),
+                                         *(("Fig.", f"{n + 1}") for n in range(figures))}
+    assert all("`python " in command or "none, " in command for *_, command in rows)
+
+
+@pytest.mark.parametrize("script, line", [(s, line) for s in SCRIPTS
+                                          for line in re.findall(r"`(python [^`]+)`", section_of(s))])
+def test_commands_that_make_a_papers_items_are_read(script, line, parsed, tmp_path, capsys):
+    args = parsed(line)
+    if "results.ablations" in line:
+        assert args.script == script
+        ablations.main([*line.split()[3:], "--dry-run", "--results", str(tmp_path)])
+        commands = capsys.readouterr().out.splitlines()
+        assert len(commands) == 2 * len(args.only or paper(script).CHOICES)  # train and eval
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

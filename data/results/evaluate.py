@@ -7,13 +7,14 @@ the paper's, data/results/SCRIPT.py; here is what such tables share."""
 
 from __future__ import annotations
 
+import math
 import socket
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +26,16 @@ from data.results.tables import (centre, comparison_picture, mean, means, paper,
 from data.runs import CommandLine, name_of
 
 # -------------------------------------------------------------------------------------- metrics
+
+DEFINITIONS = {  # in every metrics.json, and on a result page
+    "PSNR": "from the mean squared error over all pixels and the three channels.",
+    "PSNR-B": "from that error plus luma's blocking effect factor (Yim and Bovik 2011). As in FBCNN's code "
+              "8x8 blocks have H (W / 8 - 1) + W (H / 8 - 1) borders, and luma runs from 16 to 235, that of "
+              "a grey original from 0 to 255.",
+    "SSIM": "the mean over the three channels and all positions whose window, 11x11, Gaussian, sigma 1.5, "
+            "lies inside the picture.",
+    "FID": "between the pictures of one condition and their originals, each once. Of several conditions (a "
+           "codec's levels, all tasks) the mean."}
 
 
 class Metrics:
@@ -54,14 +65,15 @@ class Metrics:
         from torchmetrics.functional.image import (peak_signal_noise_ratio,
                                                    structural_similarity_index_measure)
         x, y = ((to_tensor(i)[None] + 1) * 127.5 for i in (image, target))  # (1, 3, H, W) in [0, 255]
-        luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-        xl, yl = ((i * luma).sum(1, keepdim=True) for i in (x, y))   # (1, 1, H, W)
         xn, yn = (i.to(device()) / 127.5 - 1 for i in (x, y))        # as networks take them, [-1, 1]
         side = min(x.shape[2:])  # too small a picture has no structure, and no deep features
-        ssim = structural_similarity_index_measure(x, y, data_range=255.0) if side > 10 else None
+        ssim = None
+        if side > 10:  # at the border torchmetrics reflects the picture
+            ssim = structural_similarity_index_measure(x, y, data_range=255.0, return_full_image=True)[1]
+            ssim = ssim[..., 5:-5, 5:-5].mean()
         deep = [net(xn, yn) if net and side >= 32 else None for net in (self.lpips, self.dists)]
-        values = [peak_signal_noise_ratio(x, y, data_range=255.0), psnr_b(xl, yl), ssim, detail(xl, yl),
-                  *block_grid(image), *deep]
+        values = [peak_signal_noise_ratio(x, y, data_range=255.0), psnr_b(x, y), ssim,
+                  detail(luma(x), luma(y)), *block_grid(image), *deep]
         values += [metric((xn + 1) / 2) for metric in self.extra.values()]
         return {k: None if v is None else float(v) for k, v in zip(self.names, values)}
 
@@ -75,13 +87,28 @@ def pyiqa_metric(name: str):
     return pyiqa.create_metric(name, device=device())
 
 
-def psnr_b(x: Tensor, y: Tensor) -> Tensor:
-    """PSNR with the blocking-effect factor (Yim and Bovik 2011) of 8x8 blocks; (1, 1, H, W) in [0, 255]."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio_with_blocked_effect
-    h, w = (n // 8 * 8 for n in x.shape[2:])  # torchmetrics counts blocks from the image's size
-    if min(h, w) < 16:
-        return torch.tensor(float("nan"))
-    return peak_signal_noise_ratio_with_blocked_effect(x[..., :h, :w], y[..., :h, :w], data_range=255.0)
+def luma(x: Tensor) -> Tensor:
+    """BT.601's, (1, 3, H, W) -> (1, 1, H, W) in [0, 255]; of a grey picture itself."""
+    return (x * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def psnr_b(x: Tensor, y: Tensor) -> Tensor | None:
+    """PSNR with the blocking effect factor (Yim and Bovik 2011) of x in 8x8 blocks, as FBCNN's code; x, y:
+    (1, 3, H, W) in [0, 255]. Not torchmetrics', which takes grey pictures and counts H W / 8 - 1 borders."""
+    sides = x.shape[2:]
+    if min(sides) < 16:
+        return None
+    grey = (y == y[:, :1]).all()
+    blocks = luma(x) if grey else (luma(x) * 219 / 255).round()  # colour: MATLAB's luma, less its 16
+    border = inside = n_border = n_inside = 0  # sums of squared steps from pixel to pixel, and their numbers
+    for axis, side, across in zip((2, 3), sides, sides[::-1]):
+        steps = blocks.diff(dim=axis).square().sum(5 - axis).flatten()  # (side - 1,)
+        border += steps[7::8].sum()
+        inside += steps.sum() - steps[7::8].sum()
+        n_border += across * (side / 8 - 1)
+        n_inside += across * (side - side / 8)
+    factor = math.log2(8) / math.log2(min(sides)) * (border / n_border - inside / n_inside).clamp(min=0)
+    return 10 * torch.log10(255**2 / ((x - y).square().mean() + factor))
 
 
 def detail(x: Tensor, y: Tensor) -> Tensor | None:
@@ -139,14 +166,14 @@ def compare(files: list[Path], conditions: dict, restore: dict, base, metrics: M
     """Restores every file under every condition and averages the metrics over the files.
 
     conditions: {name: degrade(image, file) -> image, or None where it has none of this file}; restore: {row:
-    restore(image) -> image}. Prints a table a condition, draws `picture` of the conditions `drawn` (the
-    first) and returns {condition: {row: {metric: mean}}}. Rows: the degraded input; the same blurred, which
-    any method must beat; through the VAE and back; restored; the original through the VAE. What cannot be
-    read or degraded is named and left out. keep(condition, row, file, image) sees every picture."""
+    restore(image) -> image}. Prints a table a condition, draws `picture` of the conditions `drawn` (all) and
+    returns {condition: {row: {metric: mean}}}. Rows: the degraded input; the same blurred, which any method
+    must beat; through the VAE and back; restored; the original through the VAE. What cannot be read or
+    degraded is named and left out. keep(condition, row, file, image) sees every picture."""
     sd = SD(base, with_unet=False).to(device())
-    drawn = drawn or list(conditions)[:1]
+    drawn = drawn or list(conditions)
     measured: dict[str, dict[str, list]] = {name: {} for name in conditions}  # a row's metrics of every file
-    strips = []
+    strips: dict[str, list] = {name: [] for name in drawn}  # about eight rows in all, each condition once
     for file, target in readable(tqdm(files, "eval", disable=None)):
         ceiling = through_vae(sd, target)
         ceiling_metrics = metrics(ceiling, target)
@@ -163,19 +190,26 @@ def compare(files: list[Path], conditions: dict, restore: dict, base, metrics: M
                 if keep:
                     keep(name, row, file, image)
             measured[name].setdefault("VAE(original)", []).append(ceiling_metrics)
-            if name in drawn and len(strips) < 4:
+            if name in drawn and len(strips[name]) < max(1, 8 // len(drawn)):
                 shown = [images["compressed"], *(images[row] for row in restore), target, ceiling]
-                strips.append([centre(i, 384) for i in shown])
+                shown = [centre(i, 384) for i in shown]
+                strips[name].append([row_label(name, shown[0].height), *shown])
     results = {name: {row: means(of) for row, of in rows.items()} for name, rows in measured.items() if rows}
     if not results:
         raise UserError(f"eval: none of the {len(files)} images can be read and compressed")
     for name, rows in results.items():
         print(f"\n{name}, {len(measured[name]['compressed'])} images (padded and cropped; 8-bit)")
         print(text_table(["", *metrics.names], [[row, *values.values()] for row, values in rows.items()]))
-    labels = [f"compressed ({', '.join(drawn)})", *restore, "original", "VAE(original): the base's ceiling"]
-    if strips:
-        comparison_picture(strips, labels, picture)
+    labels = ["", "compressed", *restore, "original", "VAE(original): the base's ceiling"]
+    if pictures := [strip for of in strips.values() for strip in of]:
+        comparison_picture(pictures, labels, picture)
     return results
+
+
+def row_label(text: str, height: int) -> Image.Image:
+    label = Image.new("RGB", (84, height), "white")
+    ImageDraw.Draw(label).text((2, 3), text, fill="black")
+    return label
 
 
 # ----------------------------------------------------------------------------- restoration of JPEGs
@@ -215,7 +249,7 @@ def picture_of(args) -> Path:
 
 def finish(args, files: list[Path], **results) -> None:
     path = results_of(args) / "metrics.json"
-    write_json(path, {"images": [f.name for f in files], **results})
+    write_json(path, {"images": [f.name for f in files], "definitions": DEFINITIONS, **results})
     print(f"\nmetrics: {path}   picture: {picture_of(args)}\npeak memory: {peak_memory()}")
 
 

@@ -1,5 +1,5 @@
-"""MoE-DiffIR, measured: Table 1 by eval, Tables 2, 3 and Fig. 6 by ablations; beside these, in eval and
-figures, which prompts the router picks for which codec, and how near one step comes to the original."""
+"""MoE-DiffIR, measured: Tables 1 to 3 by eval, the latter two's choices and Fig. 6 by ablations; beside
+these, in eval and figures, which prompts the router picks for which codec, and how near one step comes."""
 
 from __future__ import annotations
 
@@ -36,14 +36,17 @@ def eval_flags(p, script) -> None:
                    "their originals, once for each --task; alone, unless --codecs is given too")
     p.add_argument("--task", action="append", default=[], metavar="CODEC:LEVEL",
                    help="what --pairs holds, as hific:low")
+    p.add_argument("--against", nargs="+", type=Path, default=[], metavar="RUN", help="other models, too")
 
 
 def evaluate(script, args) -> None:
-    """Tables for every task, means for every codec (Table 1), the routing; with --metrics all also FID."""
+    """Tables for every task, means for every codec (Table 1) and over all tasks (Tables 2 and 3), the
+    routing; with --metrics all also FID."""
     model = script.load(args.weights, args.base)
-    steps = list(dict.fromkeys(args.steps or [model.sampling]))
-    script.check_sampling(args, model, steps)
-    tiles_for = tiling(model, args.tile)
+    models = {"restored": model} | {f"by {run.name}": script.load(run, args.base) for run in args.against}
+    steps = {name: args.steps or [by.sampling] for name, by in models.items()}
+    for name, by in models.items():
+        script.check_sampling(args, by, steps[name])
     lq_of = pairs_of(args)
     tasks = [*lq_of]
     files = []
@@ -51,34 +54,37 @@ def evaluate(script, args) -> None:
         tasks = list(dict.fromkeys([*tasks_of(args, model), *lq_of]))
         files = list_images(args.data)
     encoded = set(files)
-    current = None  # the task of the picture at hand
     picks = []
 
     def degraded(task, image, file):
-        nonlocal current
-        current = task
-        if task not in lq_of:
-            return compressed(task, image, file) if file in encoded else None
-        return read_image(lq_of[task][file])[0] if file in lq_of[task] else None
+        if task in lq_of:
+            lq = read_image(lq_of[task][file])[0] if file in lq_of[task] else None
+        else:
+            lq = compressed(task, image, file) if file in encoded else None
+        if lq:
+            picks.append((*task, gates_of(model, lq)))
+        return lq
 
-    def restored(n, image):
-        result, gates = script.restore(model, image, n, args.fidelity, tiles_for(image.size))
-        if n == steps[0] and gates:
-            picks.append((*current, gates))
-        return result
+    def restored(by, n, tiles_for, image):
+        return script.restore(by, image, n, args.fidelity, tiles_for(image.size))
     conditions = {":".join(task): partial(degraded, task) for task in tasks}
-    rows = {f"restored, {plural(n, 'step')}": partial(restored, n) for n in steps}
+    rows = {f"{name}, {plural(n, 'step')}": partial(restored, by, n, tiling(by, args.tile))
+            for name, by in models.items() for n in steps[name]}
     drawn = [":".join(task) for task in first_of_each_codec(tasks)]
     fid = FID() if args.metrics == "all" else None
     metrics = Metrics(("clipiqa", "maniqa") if fid else ())
     files = list(dict.fromkeys([*files, *(hq for pair in lq_of.values() for hq in pair)]))
     results = compare(files, conditions, rows, model.base, metrics, picture_of(args), drawn, fid and fid.keep)
-    by_codec, gap = codec_means(results, list(rows), fid.values() if fid else {})
+    for name, values in (fid.values() if fid else {}).items():
+        for row, value in values.items():
+            results[name][row]["FID"] = value
+    by_codec, gap = codec_means(results, list(rows))
+    over_all = all_tasks(results, ["compressed", *rows])
     errors = {}
     if model.cfg.start == "lq":  # noise is not taken out in one step
         errors = print_latent_errors(model, args.data, [task for task in tasks if task not in lq_of])
     options = {"fidelity": args.fidelity, "tile": args.tile}
-    finish(args, files, options=options, results=results, codecs=by_codec, gap_closed=gap,
+    finish(args, files, options=options, results=results, codecs=by_codec, all_tasks=over_all, gap_closed=gap,
            latent_error=errors, mutual_information=print_routing(picks))
 
 
@@ -110,30 +116,41 @@ def compressed(task: Task, image: Image.Image, file: Path) -> Image.Image:
 
 
 class FID:
-    """Frechet inception distance by pyiqa between all restored pictures of a codec and their originals. A
-    condition's codec is its name up to a colon: vvc of vvc:47. Pictures wait on disk until `values`."""
+    """Frechet inception distance by pyiqa between a condition's pictures and their originals, each once.
+    Pictures wait on disk until `values`."""
 
     def __init__(self):
         self.metric = pyiqa_metric("fid")
         self.folder = tempfile.TemporaryDirectory()
-        self.pictures = {}  # {codec: {row: how many}}
+        self.pictures: dict[str, dict[str, int]] = {}  # {condition: {row: how many}}
+
+    def path(self, condition: str, row: str) -> Path:
+        return Path(self.folder.name) / condition.replace(":", " ") / row
 
     def keep(self, condition: str, row: str, file: Path, image: Image.Image) -> None:
-        codec = condition.split(":")[0]
-        number = self.pictures.setdefault(codec, {}).setdefault(row, 0)
-        self.pictures[codec][row] += 1
-        for name, picture in {row: image, f"{row}, original": read_image(file)[0]}.items():
-            save_png(picture, Path(self.folder.name) / codec / name / f"{number:06d}.png")
+        rows = self.pictures.setdefault(condition, {})
+        number = rows[row] = rows.get(row, 0) + 1
+        save_png(image, self.path(condition, row) / f"{number:06d}.png")
+        if row == "compressed":
+            save_png(read_image(file)[0], self.path(condition, "original") / f"{number:06d}.png")
 
     def values(self) -> dict[str, dict[str, float]]:
-        """{codec: {row: FID}}."""
-        def of(codec, row):
-            folder = Path(self.folder.name) / codec
-            return float(self.metric(str(folder / row), str(folder / f"{row}, original")))
-        return {codec: {row: of(codec, row) for row in rows} for codec, rows in self.pictures.items()}
+        """{condition: {row: FID}}."""
+        def of(condition, *rows):
+            return float(self.metric(*(str(self.path(condition, row)) for row in rows)))
+        return {name: {row: of(name, row, "original") for row in rows}
+                for name, rows in self.pictures.items()}
 
 
-def codec_means(results: dict, rows: list[str], fid: dict) -> tuple[dict, dict]:
+def all_tasks(results: dict, rows: list[str]) -> dict[str, dict[str, float]]:
+    """{row: {metric: mean over all conditions}}, printed: Tables 2 and 3."""
+    table = {row: means([result[row] for result in results.values()]) for row in rows}
+    print(f"\nTables 2 and 3: means over all {plural(len(results), 'task')} above\n"
+          + text_table(["", *table["compressed"]], [[row, *of.values()] for row, of in table.items()]))
+    return table
+
+
+def codec_means(results: dict, rows: list[str]) -> tuple[dict, dict]:
     """({codec: {row: {metric: mean over its levels}}}, {codec: {row: share of the gap closed}}), printed."""
     levels: dict[str, list[dict]] = {}
     for name, result in results.items():
@@ -144,15 +161,12 @@ def codec_means(results: dict, rows: list[str], fid: dict) -> tuple[dict, dict]:
         low, here, high = (v[k]["PSNR"] for k in ("VAE(compressed)", row, "VAE(original)"))
         return None if None in (low, here, high) or low == high else (here - low) / (high - low)
     gap = {codec: {row: closed(v, row) for row in rows} for codec, v in codecs.items()}
-    header = ["", *next(iter(codecs.values())), *(row.replace("restored", "gap") for row in rows)]
+    header = ["", *next(iter(codecs.values())), *(f"gap, {row.removeprefix('restored, ')}" for row in rows)]
     shares = {codec: ["-" if share is None else f"{100 * share:.1f} %" for share in v.values()]
               for codec, v in gap.items()}
     table = [[codec, *(r["PSNR"] for r in v.values()), *shares[codec]] for codec, v in codecs.items()]
     print("\nPSNR of each codec (mean over its levels above), and the share of the gap from VAE(compressed) "
           "to VAE(original) that is closed\n" + text_table(header, table))
-    for codec, values in codecs.items():
-        for row, value in fid.get(codec, {}).items():
-            values[row]["FID"] = value
     table = [[f"{codec}, {row}", *v[row].values()] for codec, v in codecs.items()
              for row in ("compressed", *rows)]
     print("\nTable 1: means of each codec over its levels above\n"
@@ -169,7 +183,6 @@ def print_latent_errors(model, data: list[Path], tasks: list[Task]) -> dict[str,
     errors = {task: torch.zeros(2) for task in first}
     for file, image in readable(list_images(data)):
         z_hq = model.encode(padded(centre(image, 256), model.cell))[0].float()  # (1, C, h, w)
-        noise = torch.randn(z_hq.shape, generator=torch.Generator().manual_seed(0)).to(z_hq.device)
         for task in first:
             try:
                 x_lq = padded(centre(compressed(task, image, file), 256), model.cell)
@@ -177,7 +190,7 @@ def print_latent_errors(model, data: list[Path], tasks: list[Task]) -> dict[str,
                 note(f"skipped: {error}")
                 continue
             z_lq = model.encode(x_lq)[0].float()
-            z_0, _ = model.sample(z_lq, model.degradation_prior(x_lq), model.text(x_lq), 1, noise)
+            z_0 = model.sample(z_lq, x_lq, 1, [])
             errors[task] += torch.stack([(z - z_hq).square().mean().cpu() for z in (z_0, z_lq)])
     ratios = {":".join(task): (one / own).item() for task, (one, own) in errors.items() if own}
     for name, ratio in ratios.items():
@@ -186,15 +199,15 @@ def print_latent_errors(model, data: list[Path], tasks: list[Task]) -> dict[str,
 
 
 def routing(picks: list[tuple[str, str, list[Tensor]]]) -> list[dict[str, float]]:
-    """For every scale: mutual information between codec and chosen prompt set in bits, and its mean over 200
-    shuffles of the codecs, which a router that ignores them has by chance. `picks`: (codec, level, gates of
-    every scale)."""
+    """For every scale: mutual information in bits between the codec and the prompts that get more than an
+    even share of the gates, and its mean over 200 shuffles of the codecs, which a router that ignores them
+    has by chance. `picks`: (codec, level, mean gates (N,) of every scale)."""
     from torchmetrics.functional.clustering import mutual_info_score
     names = list(dict.fromkeys(codec for codec, _, _ in picks))
     codecs = torch.tensor([names.index(codec) for codec, _, _ in picks])
     rows = []
     for scale in zip(*(gates for _, _, gates in picks)):
-        sets = torch.stack([g > 0 for g in scale]).long().unique(dim=0, return_inverse=True)[1]
+        sets = torch.stack([g > g.mean() for g in scale]).long().unique(dim=0, return_inverse=True)[1]
         shuffles = (rng(0, 9, k).permutation(len(codecs)) for k in range(200))
         bits, *shuffled = (mutual_info_score(c, sets).item() / torch.tensor(2.0).log().item()
                            for c in (codecs, *(codecs[s] for s in shuffles)))
@@ -206,7 +219,7 @@ def routing(picks: list[tuple[str, str, list[Tensor]]]) -> list[dict[str, float]
 def print_routing(picks: list[tuple[str, str, list[Tensor]]]) -> list[dict[str, float]]:
     rows = routing(picks) if picks else []
     if rows and len({codec for codec, _, _ in picks}) > 1:
-        print(f"\nrouter: what the chosen prompt set tells of the codec, {len(picks)} compressed pictures\n"
+        print(f"\nrouter: what the prompts picked tell of the codec, {len(picks)} compressed pictures\n"
               + text_table(["scale", "bits", "by chance", "excess", "different sets"],
                            [[f"h / {2**i}", r["bits"], r["by chance"], r["excess"], str(r["sets"])]
                             for i, r in enumerate(rows)]))
@@ -229,21 +242,21 @@ def parts(model, x: Tensor) -> Parts:
     compensator = model.compensator
     z = empty_latent(model.sd, x)
     t = torch.zeros(1, device=x.device)
-    c = model.empty[None].to(x)
+    c = model.text(x)
     dp = model.degradation_prior(x)
-    features = model.module(z, t, dp)[0]
-    levels = model.encode(x)[1][:len(compensator.fuse)][::-1]
+    ys = model.module(z, dp)[0]
+    features = model.encode(x)[1]
     (encoder, _), decoder = vae_parts(model.sd, x, z)
     return {"once: VAE encoder": (encoder, lambda: model.encode(x)),
             "once: degradation prior (CLIP)": ([model.prior], lambda: model.degradation_prior(x)),
             "once: Visual2Text and CLIP": ([model.v2t], lambda: model.text(x)),
-            "a step: MoE-Prompt Module": ([model.module], lambda: model.module(z, t, dp)),
+            "once: MoE-Prompt Module": ([model.module], lambda: model.module(z, dp)),
             "a step: UNet": ([unet], lambda: unet(z, t, c)),
-            "a step: SPADE": ([model.spade], lambda: [spade.maps(features[i]) for spade, (i, _) in zip(
+            "a step: SPADE": ([model.spade], lambda: [spade.maps(ys[i]) for spade, (i, _) in zip(
                 model.spade, model.modulated)]),
             "once: VAE decoder": decoder,
-            "once: compensator": ([compensator], lambda: [compensator.residual(i, e, e)
-                                                          for i, e in enumerate(levels)])}
+            "once: compensator": ([compensator], lambda: [compensator.residual(i, features[i], features[i])
+                                                          for i in compensator.levels])}
 
 
 profile = partial(print_profile, parts=parts, steps=(1, 50))
@@ -259,11 +272,10 @@ def figure_flags(p, script) -> None:
 
 @torch.inference_mode()
 def gates_of(model, image: Image.Image) -> list[Tensor]:
-    """Gates (N,) of every scale for a picture, at the timestep where sampling starts."""
-    x_lq = to_tensor(image)[None].to(device())  # (1, 3, H, W)
-    z_lq, _ = model.encode(padded(image, model.cell))
-    t = torch.full((1,), model.cfg.start_t, device=x_lq.device)
-    return [g[0].float().cpu() for g in model.module(z_lq, t, model.degradation_prior(x_lq))[1]]
+    """The router's gates (N,) at every scale, mean over the positions of a picture's middle, 256 x 256."""
+    x_lq = padded(centre(image, 256), model.cell)
+    gates = model.module(model.encode(x_lq)[0], model.degradation_prior(x_lq))[1]  # (1, L, N) each
+    return [g[0].mean(0).float().cpu() for g in gates]
 
 
 def figures(script, args) -> None:
@@ -282,7 +294,7 @@ def figures(script, args) -> None:
         picks += [(*task, gates_of(model, compress(image, *task)[0])) for task in tasks]
     share = torch.zeros(len(model.module.prompt), len(tasks), len(picks[0][2][0]))  # (scale, task, prompt)
     for codec, level, gates in picks:
-        chosen = torch.stack([(g > 0).float() / (g > 0).sum() for g in gates])
+        chosen = torch.stack([g / g.sum() for g in gates])
         share[:, tasks.index((codec, level))] += chosen / len(files)
     codecs = list(dict.fromkeys(codec for codec, _ in tasks))
     rows_of = [[i for i, (c, _) in enumerate(tasks) if c == codec] for codec in codecs]
@@ -329,7 +341,9 @@ CHOICES = [
     Choice("moe", "--no-v2t --no-dp", "Tables 2 and 3"), Choice("moe-v2t", "--no-dp", "Table 3"),
     Choice("moe-dp", "--no-v2t", "Table 3"), Choice("N1-K1", "--experts 1 --top-k 1", "Fig. 6"),
     Choice("N14-K3", "--experts 14", "Fig. 6"), Choice("N7-K1", "--top-k 1", "Fig. 6"),
-    Choice("N7-K7", "--top-k 7", "Fig. 6")]
+    Choice("N7-K7", "--top-k 7", "Fig. 6"),
+    *(Choice(f"N{n}-K3", f"--experts {n}", "Fig. 6a", paper_only=True) for n in (4, 11, 17, 21)),
+    Choice("N7-K5", "--top-k 5", "Fig. 6b", paper_only=True)]
 CLAIMS = [
     Claim("prompts help", "moe", "none", "LIVE-1 29.02, 28.73 dB"),
     Claim("many are better than a single one", "multiple", "single", "28.98, 28.86 dB"),
@@ -343,13 +357,15 @@ CLAIMS = [
 EXERCISE = "none", {"latent error": ["jpeg:5", "webp:5", "hevc:47", "vvc:47"]}
 MORE = {"": {"latent error, one step": "latent error"},
         "what the router's choice tells of the codec": {"excess bits": "router"}}
-EVAL = "--codecs jpeg:5 webp:5 hevc:47 vvc:47 vvc:52 avc:47", "--codecs jpeg:5 webp:5 hevc:47 vvc:47"
+EVAL = ("--codecs jpeg:5 webp:5 hevc:47 vvc:47 vvc:52 avc:47", "--codecs jpeg:5 webp:5 hevc:47 vvc:47",
+        "--codecs jpeg webp hevc vvc")
 PRINTED = {"cost": "profile --paper --size 1024 --no-time", "time": "profile --size 1024"}
 
 
 def more_figures(metrics: dict, run: Path | None) -> dict:
     excess = {f"scale h / {2**i}": scale["excess"] for i, scale in enumerate(metrics["mutual_information"])}
-    return {"latent error": metrics["latent_error"], "router": excess}
+    over_all = next(means for row, means in metrics["all_tasks"].items() if row.startswith("restored"))
+    return {"latent error": metrics["latent_error"], "router": excess, "all tasks": over_all}
 
 
 default_table = partial(restored_table, columns=TABLE)

@@ -1,5 +1,5 @@
-"""OSCAR, measured: Fig. 5 and BD-rates by eval, hyper-encoders and complexity by profile, Figs. 2, 4 and 8 by
-figures, Fig. 7 by ablations."""
+"""OSCAR, measured: Figs. 5, 7b and BD-rates by eval, hyper-encoders and complexity by profile, Figs. 2, 4
+and 8 by figures, Fig. 7 by ablations."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import common
 from common import device, load_trained
+from data import make_cir
 from data.files import ROOT, UserError, atomic, list_images, note, read_json, reason
 from data.results.complexity import Parts, count, empty_latent, macs, print_profile, random_picture, vae_parts
 from data.results.evaluate import Metrics, finish, padded, picture_of, results_of, through_vae
@@ -32,32 +33,40 @@ CLASSICAL = {"JPEG": {"optimize": True}, "WebP": {"method": 6}, "AVIF": {}}  # P
 if not features.check("avif"):
     del CLASSICAL["AVIF"]
 QUALITIES = (5, 10, 20, 35, 50)  # an anchor's, beside its lowest
+QPS = {"HEVC": (51, 47, 42, 37, 32), "VVC": (63, 57, 52, 47, 42, 37)}  # an anchor's, by make_cir's encoders
 
 
 def eval_flags(p, script) -> None:
     p.add_argument("--bpp", type=script.parse_bpp, nargs="+", default=range(len(script.RATES)),
                    help=f"of {', '.join(script.NAMES)} (default: all)")
     p.add_argument("--centre", type=int, metavar="PX", help="only the central pixels (the paper: 1024)")
-    p.add_argument("--anchor", choices=CLASSICAL, help="also BD-rates against this codec")
+    p.add_argument("--anchor", choices=[*CLASSICAL, *QPS],
+                   help="also BD-rates against this codec (HEVC and VVC: intra, by FFmpeg)")
+    p.add_argument("--against", nargs="+", type=Path, default=[], metavar="RUN", help="other models, too")
 
 
 @torch.inference_mode()
 def evaluate(script, args) -> None:
     """The rate-distortion table over real files: true bits per pixel and metrics, mean over the photographs;
-    beside it classical codecs at their lowest setting, and the VAE alone. A picture, the curve."""
-    model = script.load(args.weights, args.base)
-    files = list_images(args.data)
-    rates = sorted(set(args.bpp))
-    metrics = Metrics(("musiq", "clipiqa") if args.metrics == "all" else (), "VGG")
-    tiles_for = tiling(model, args.tile)
+    beside it other models, classical codecs at their lowest setting, the VAE alone. A picture, the curve."""
+    if args.anchor in QPS and (why := make_cir.missing_for(args.anchor.lower())):
+        raise UserError(f"--anchor {args.anchor}: {why}")
     if args.centre is not None and args.centre < 1:
         raise UserError(f"--centre {args.centre}: must be at least 1")
-    codecs = {f"OSCAR {script.NAMES[r]}": (partial(script.compress, model, r=r, tiles_for=tiles_for),
-                                           partial(script.decompress, model, tiles_for=tiles_for))
-              for r in rates} | classical_codecs(args.anchor)
-    measured, strips = through_codecs(files, codecs, model.sd, metrics, args.centre)
+    models = {"OSCAR": script.load(args.weights, args.base)}
+    models |= {f"by {run.name}": script.load(run, args.base) for run in args.against}
+    files = list_images(args.data)
+    metrics = Metrics(("musiq", "clipiqa") if args.metrics == "all" else (), "VGG")
+    codecs: dict = {}
+    nominal = {}
+    for name, model in models.items():
+        for r in sorted(set(args.bpp)):
+            codec = f"{name} {script.NAMES[r]}"
+            codecs[codec] = partial(through_file, script, model, r, tiling(model, args.tile))
+            nominal[codec] = script.BPP[r]
+    codecs |= classical_codecs(args.anchor)
+    measured, strips = through_codecs(files, codecs, models["OSCAR"].sd, metrics, args.centre)
     results = {name: means(rows) for name, rows in measured.items() if rows}
-    nominal = {f"OSCAR {script.NAMES[r]}": script.BPP[r] for r in rates}
     names = [n for n in metrics.names if n not in ("PSNR-B", "detail") and "grid" not in n]  # 8x8 is JPEG's
     print(f"\n{len(measured['VAE alone'])} images (padded and cropped; 8-bit; bits counted from the files)")
     print(text_table(["", "nominal bpp", "true bpp", *names],
@@ -67,30 +76,32 @@ def evaluate(script, args) -> None:
         labels = [f"{name}: {results[name]['bpp']:.4f} bpp" for name in codecs]
         comparison_picture(strips, ["original", *labels, "VAE alone: the base's ceiling"], picture_of(args))
     try:
-        print(f"rate-distortion curve: {draw_curve(results, results_of(args) / 'samples' / 'rd.png')}")
+        curves = draw_curve(results, list(models), results_of(args) / "samples" / "rd.png")
+        print(f"rate-distortion curve: {curves}")
     except UserError as error:
         note(f"no rate-distortion curve: {error}")
     bd_rates = print_bd_rate(results, args.anchor, names) if args.anchor else {}
     finish(args, files, results=results, bd_rate=bd_rates)
 
 
-def through_codecs(files: list[Path], codecs: dict[str, tuple], sd, metrics: Metrics,
+def through_codecs(files: list[Path], codecs: dict, sd, metrics: Metrics,
                    side: int | None) -> tuple[dict[str, list[dict]], list[list[Image.Image]]]:
-    """({codec: [metrics and bits per pixel of every file, or of its central pixels]}, rows of a picture)."""
+    """({codec: [metrics and bits per pixel of every file, or of its central pixels]}, rows of a picture).
+    codecs: {name: image -> (the image decoded, its file's bytes)}."""
     measured: dict[str, list[dict]] = {name: [] for name in [*codecs, "VAE alone"]}
     strips = []
     for file, image in readable(tqdm(files, "eval", disable=None)):
         image = centre(image, side) if side else image
         pictures = [image]
-        for name, (encode, decode) in codecs.items():
+        for name, through in codecs.items():
             try:
-                data = encode(image)
-                pictures.append(decode(data))
+                decoded, size = through(image)
             except Exception as error:  # WebP ends at 16,383 pixels a side
                 note(f"skipped: {name} of {reason(error, file)}")
                 continue
-            bpp = 8 * len(data) / (image.width * image.height)
-            measured[name].append({"bpp": bpp, **metrics(pictures[-1], image)})
+            pictures.append(decoded)
+            bpp = 8 * size / (image.width * image.height)
+            measured[name].append({"bpp": bpp, **metrics(decoded, image)})
         pictures.append(through_vae(sd, image))
         measured["VAE alone"].append({"bpp": None, **metrics(pictures[-1], image)})
         if len(strips) < 4 and len(pictures) == len(codecs) + 2:
@@ -100,35 +111,43 @@ def through_codecs(files: list[Path], codecs: dict[str, tuple], sd, metrics: Met
     return measured, strips
 
 
-def classical_codecs(anchor: str | None) -> dict[str, tuple]:
-    """{name: (encode, decode)}: each codec at its lowest quality, the anchor at six."""
-    def encode(image, kind, quality):
+def through_file(script, model, r: int, tiles_for, image: Image.Image) -> tuple[Image.Image, int]:
+    """(the picture decoded, its file's bytes) at bit-rate number r."""
+    data = script.compress(model, image, r, tiles_for)
+    return script.decompress(model, data, tiles_for), len(data)
+
+
+def classical_codecs(anchor: str | None) -> dict:
+    """{name: image -> (the image decoded, its bytes)}: each of Pillow's codecs at its lowest quality, the
+    anchor at several."""
+    def through(kind, quality, image):
         buffer = io.BytesIO()
         image.save(buffer, kind, quality=quality, **CLASSICAL[kind])
-        return buffer.getvalue()
-
-    def decode(data):
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    return {f"{kind}, quality {q}": (partial(encode, kind=kind, quality=q), decode) for kind in CLASSICAL
-            for q in (1 if kind == "JPEG" else 0, *(QUALITIES if kind == anchor else ()))}
+        return Image.open(buffer).convert("RGB"), len(buffer.getvalue())
+    codecs = {f"{kind}, quality {q}": partial(through, kind, q) for kind in CLASSICAL
+              for q in (1 if kind == "JPEG" else 0, *(QUALITIES if kind == anchor else ()))}
+    return codecs | {f"{anchor}, QP {q}": partial(make_cir.compress, codec=anchor.lower(), level=str(q))
+                     for q in QPS.get(anchor, ())}
 
 
 def curve(results: dict, codec: str, metric: str) -> list[tuple[float, float]]:
     """A codec's points (true bpp, value of the metric)."""
-    points = [(v["bpp"], v.get(metric)) for name, v in results.items() if name.startswith(codec)]
+    points = [(v["bpp"], v.get(metric)) for name, v in results.items()
+              if name.startswith((f"{codec} ", f"{codec},"))]
     return [p for p in points if p[1] is not None]
 
 
-def draw_curve(results: dict, target: Path) -> Path:
-    """Fig. 5: a panel for each metric that could be measured, against true bits per pixel."""
+def draw_curve(results: dict, models: list[str], target: Path) -> Path:
+    """Figs. 5 and 7b: a panel for each metric that could be measured, against true bits per pixel."""
     names = ("PSNR", "SSIM", "LPIPS-VGG", "DISTS", "MUSIQ", "CLIPIQA")
     names = [k for k in names if results["VAE alone"].get(k) is not None]
+    lines = {model: {"marker": "o"} for model in models}
+    lines |= {kind: {"marker": m, "color": "gray"} for kind, m in zip([*CLASSICAL, *QPS], "sv^Dp")}
     figure, axes = panels(1, len(names), 4.5 * len(names), 3.4)
     for axis, metric in zip(axes[0], names):
-        axis.plot(*zip(*curve(results, "OSCAR", metric)), "o-", label="OSCAR")
-        for name, marker in zip(CLASSICAL, "sv^"):
+        for name, style in lines.items():
             if points := curve(results, name, metric):
-                axis.plot(*zip(*points), f"{marker}-", color="gray", label=name)
+                axis.plot(*zip(*points), label=name, **style)
         axis.axhline(results["VAE alone"][metric], color="gray", linestyle=":", label="VAE alone")
         axis.set(xlabel="bits per pixel, from the file's length", ylabel=metric, xscale="log")
     axes[0, 0].legend(fontsize=7)
@@ -220,7 +239,7 @@ def ready(G) -> None:
 # ------------------------------------------------------------------------------------------ figures
 
 figure_flags = no_flags
-AGAINST = None
+AGAINST = "no-alignment"
 
 
 @torch.inference_mode()
@@ -300,18 +319,36 @@ def hyper_encoders_of(script, weights: Path, config: dict, z: list[Tensor]) -> t
     return before, after.eval()
 
 
+def draw_fig8(script, runs: dict, z: list[Tensor]):
+    """Residual noise at one rate and every rate's cosine, of models trained with alignment and without."""
+    figure, [[left, right]] = panels(1, 2, 10, 3.6)
+    for (name, model), color in zip(runs.items(), ("tab:blue", "tab:orange")):
+        eps = residual(model.hyper_encoders[2], z, model.sd.alpha_bar[model.t[2]])
+        draw_histogram(left, eps, name, color)
+        cosines = script.F_sim(model.hyper_encoders, z).tolist()
+        right.plot(script.BPP, cosines, "o-", color=color, label=name)
+    left.set_title(f"residual noise, {script.NAMES[2]} bpp, at the model's own timestep")
+    left.legend(fontsize=7)
+    right.set(xlabel="bits per pixel", ylabel="cosine to z_0", title="on the same crops")
+    return figure
+
+
 def figures(script, args) -> None:
     """Fig. 4: residual noise before and after alignment, as histogram and QQ-plot, on training crops. Then
-    the same at one rate, and every rate's cosine through both stages. Fig. 2's idea: cosine -> timestep."""
+    the same at one rate, and every rate's cosine through both stages. Fig. 2's idea: cosine -> timestep.
+    Fig. 8, if there is a second run: trained models, with alignment and without."""
     model = script.load(args.weights)
     config = read_json(args.weights / "config.json")
+    if not config["stage2.alignment"]:
+        raise UserError(f"figures: {args.weights} was trained with --no-alignment and has no mapping; "
+                        "name it as --against")
     table = read_json(args.weights / "model" / "mapping.json")
     z = training_latents(script, model.sd, config, script.Stage1.of_header(config))
     before, after = hyper_encoders_of(script, args.weights, config, z)
     kinds = (("before", before, "tab:orange"), ("after", after, "tab:blue"),
              ("after stage 2", model.hyper_encoders, None))  # of the last the numbers, no picture
     fig4, axes = panels(2, 6, 16, 5)
-    fig8, [[left, right]] = panels(1, 2, 10, 3.6)
+    alignment, [[left, right]] = panels(1, 2, 10, 3.6)
     flat = torch.cat([z_0.flatten() for z_0 in z]).cpu()
     rows = []
     for i, r in enumerate((0, 2, 7)):
@@ -327,13 +364,23 @@ def figures(script, args) -> None:
     left.legend(fontsize=7)
     log = [json.loads(line) for line in (args.weights / "log.jsonl").read_text().splitlines()]
     draw_cosines(right, log, script.NAMES)
-    fig2 = draw_mapping(table, model.sd.alpha_bar, script.NAMES)
-    save({"fig2": fig2, "fig4": fig4, "fig8": fig8}, args.weights)
+    drawn = {"fig2": draw_mapping(table, model.sd.alpha_bar, script.NAMES), "fig4": fig4,
+             "alignment": alignment}
+    if (args.against / "model" / "stage2.safetensors").exists():
+        runs = {"with alignment": model, f"without ({args.against.name})": script.load(args.against)}
+        drawn["fig8"] = draw_fig8(script, runs, z)
+    else:
+        note(f"no Fig. 8; to compare: oscar.py train --no-alignment --out {args.against}")
+    save(drawn, args.weights)
     print(text_table(["residual noise", "mean", "deviation", "excess kurtosis", "cosine to z_0",
                       "RMS of z_tilde / z_0"], rows))
-    with torch.inference_mode():
-        x = (padded(photo, model.cell) for photo in read_all(list_images(args.data)))
-        photos = [model.sd.encode(x_hq).float() for x_hq in x]
+    print_cosines(script, model, table, z, args.data)
+
+
+@torch.inference_mode()
+def print_cosines(script, model, table: dict, z: list[Tensor], data: list[Path]) -> None:
+    x = (padded(photo, model.cell) for photo in read_all(list_images(data)))
+    photos = [model.sd.encode(x_hq).float() for x_hq in x]
     now, on_photos = (script.F_sim(model.hyper_encoders, latents).tolist() for latents in (z, photos))
     rows = [[f"{k} bpp", table[k]["cosine"], *fs] for k, *fs in zip(script.NAMES, now, on_photos)]
     print("\ncosine: the mapping's, on training crops before stage 2; now, on them and on the photographs\n"
@@ -350,7 +397,8 @@ CONDITION = "OSCAR 0.1250"
 CHOICES = [
     Choice(DEFAULT, "", "alignment, measured mapping, all losses"),
     Choice("no-alignment", "--no-alignment", "Fig. 7"),
-    Choice("no-alignment-long", "--no-alignment --s2-steps 480", "as long as both stages"),
+    Choice("no-alignment-long", "--no-alignment", "as long as both stages", longer=2),
+    Choice("no-L_sim", "--no-sim", "Fig. 7"),
     Choice("random-t", "--mapping random", "Fig. 7", 2),
     Choice("no-L_EA", "--losses mse,dists,gan", "Fig. 7", 2),
     Choice("no-L_G", "--losses mse,ea,dists", "Fig. 7", 2)]
@@ -358,6 +406,7 @@ MISSING = "without it all of stage 1 is missing"
 CLAIMS = [
     Claim("aligned representations restore better", DEFAULT, "no-alignment", "Fig. 7, curves", but=MISSING),
     Claim("also where stage 2 gets stage 1's time", DEFAULT, "no-alignment-long", "our check", but=MISSING),
+    Claim("so does the cosine L_sim alone", DEFAULT, "no-L_sim", "Fig. 7, curves"),
     Claim("a measured mapping is better than a random one", DEFAULT, "random-t", "Fig. 7, curves"),
     Claim("L_EA-DISTS brings detail", DEFAULT, "no-L_EA", "Fig. 7, curves", "detail"),
     Claim("so does the GAN loss", DEFAULT, "no-L_G", "Fig. 7, curves", "detail")]

@@ -80,7 +80,8 @@ def ablation_block(script: str, rows: list[dict]) -> str:
     done = {r["choice"] for r in rows}
 
     def line(choice):
-        flags = f"`{choice.flags}`" if choice.flags else "**default**"
+        words = choice.words(script)
+        flags = f"`{words}`" if words else "**default**"
         cells = [f"{flags}: {choice.where}"]
         for column in own.COLUMNS:
             of_seeds = [] if choice.name == DEFAULT else differences(rows, choice.name, DEFAULT, column)

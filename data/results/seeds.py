@@ -5,6 +5,7 @@ pair (condition, metric)."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import mean, stdev
@@ -26,6 +27,16 @@ class Choice:
     flags: str
     where: str = ""  # in the paper
     stage: int = 1  # the first that they change
+    longer: int = 1  # stage 2's steps, times the run's
+    paper_only: bool = False  # not in the miniature
+
+    def words(self, script: str, at_paper_size: bool = False) -> str:
+        """All flags of its `train`."""
+        if self.longer == 1:
+            return self.flags
+        stage2 = importlib.import_module(script).Stage2
+        steps = (stage2.paper() if at_paper_size else stage2()).steps
+        return f"{self.flags} --s2-steps {self.longer * steps}"
 
 
 @dataclass
@@ -77,7 +88,8 @@ def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def decimals(metric: str) -> int:
-    digits = {"bpp": 4, "right": 2, "timestep": 1, "predicted QF": 1, "t": 0}
+    digits = {"bpp": 4, "LPIPS-Alex": 4, "LPIPS-VGG": 4, "DISTS": 4, "right": 2, "timestep": 1,
+              "predicted QF": 1, "FID": 2, "t": 0}
     return 2 if "PSNR" in metric or "grid" in metric else digits.get(metric, 3)
 
 

@@ -8,7 +8,7 @@ from moe_diffir import top_k_gates
 
 def loss_balance(gates):
     """Squared coefficient of variation (variance / mean^2, both over the N experts) of the experts' importance, the sum
-    of their gates (B, N) over the batch (Shazeer et al. 2017, Sec. 4): 0 if all are used alike."""
+    of their gates (.., N) over all positions of a batch (Shazeer et al. 2017, Sec. 4): 0 if all are used alike."""
     raise NotImplementedError("this is what you write")
 
 
