@@ -92,7 +92,7 @@ class Stage2(Settings):
     number = 2
     #                             tiny run    paper run
     alignment: bool     = setting(True,       True,     "Fig. 7: else no stage 1, no L_sim", "alignment")
-    keep: float         = setting(0.9,        0.9,      "ours: of a rate's gain, when it is drawn", most=1)
+    keep: float         = setting(0.9,        0.9,      "ours: of a rate's gain, once it is drawn", most=1)
     mapping: str        = setting("measured", "measured", "Fig. 7: measured, random, or a file", "mapping")
     losses: tuple       = setting(LOSSES,     LOSSES,   "Fig. 7: what counts", "losses", choices=LOSSES)
     dists: str          = setting("small",    "vgg16",  "Eq. 15; 'small' needs no download", choices=DISTS)
@@ -169,7 +169,6 @@ class Attention(nn.Module):
 
 class Quantizer(nn.Module):
     """VQ on the unit sphere: M features -> D, normalised -> nearest of V unit codes by cosine -> M features.
-
     The codebook learns by exponential moving average (Sec. 3.3 after Esser et al.), in `update`, from the
     vectors that training passes left in `pending`. A code that nothing has chosen for long takes the place of
     a vector of the batch (ours: the release never revives one)."""
@@ -248,7 +247,7 @@ class HyperEncoder(nn.Module):
                                       down(2, N, N), *three(N), nn.Conv2d(N, M, 1), Attention(M))
         self.quantizer = Quantizer(M, D, V)
         self.proj = nn.Sequential(up(0), *three(M), up(1), *three(M), up(2), *three(M), nn.Conv2d(M, C, 1))
-        self.register_buffer("gain", torch.ones(()))  # set by set_gain
+        self.register_buffer("energy", torch.ones(2))  # see set_gain; in stage 2 a moving average
         for m in self.modules():  # ours: with torch's random biases all e start in nearly the same direction
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
                 nn.init.zeros_(m.bias)
@@ -259,13 +258,20 @@ class HyperEncoder(nn.Module):
             h, l_vq = self.quantizer(self.backbone(z_0))  # (B, M, h / s, w / s)
             return self.gain * self.proj(h), l_vq         # as z_0
 
+    @property
+    def gain(self) -> Tensor:
+        return (self.energy[0] / self.energy[1]).sqrt()
+
+    def energies(self, z_0: Tensor, z_tilde: Tensor) -> Tensor:
+        """Mean squares (2,) of z_0 and of what `gain` made z_tilde from."""
+        return torch.stack([z_0.square().mean(), (z_tilde / self.gain).square().mean()])
+
     def encode(self, z_0: Tensor) -> Tensor:
         """Indices (B, h / s, w / s): all that a file holds."""
         return self.quantizer.encode(self.backbone(z_0))[1]
 
     def decode(self, idx: Tensor, rms: Tensor | None = None) -> Tensor:
-        """z_tilde from the indices, at the latents' scale: by the stored gain, or for released weights to the
-        given RMS of each channel (C,)."""
+        """z_tilde from the indices, scaled by `gain`, or for released weights to each channel's RMS (C,)."""
         z = self.proj(self.quantizer.decode(self.quantizer.embed[idx]))  # (B, C, h, w)
         if rms is None:
             return self.gain * z
@@ -315,8 +321,10 @@ class OSCAR(nn.Module):
 
     def forward(self, z_0: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(z_tilde, L_VQ, z_hat, x_hat) of training."""
-        z_tilde, l_vq = self.hyper_encoders[r](z_0)  # as z_0, ()
-        z_hat = self.denoise(z_tilde, r)             # as z_0
+        z_tilde, l_vq = self.hyper_encoders[r](z_0)   # as z_0, ()
+        rms = z_tilde.square().mean().sqrt()
+        z_tilde = z_tilde * (rms.detach() / rms)      # as it is, but no loss may change its scale (ours)
+        z_hat = self.denoise(z_tilde, r)              # as z_0
         return z_tilde, l_vq, z_hat, self.sd.decode(z_hat).clamp(-1, 1)
 
 
@@ -405,18 +413,13 @@ def choose_mapping(cfg: Stage2, measured: Path, T: int, seed: int) -> list[int]:
 
 
 @torch.no_grad()
-def set_gain(hyper_encoders: nn.ModuleList, z: list[Tensor], reduce=lambda sums: sums) -> None:
-    """The cosine leaves z_tilde's scale open. Eq. 11's states are about as large as z_0, so a constant for
-    each rate gives z_tilde z_0's RMS over training latents z; in stage 2 it follows them.
+def set_gain(hyper_encoders: nn.ModuleList, z: list[Tensor], reduce=lambda energy, _: energy) -> None:
+    """The cosine leaves z_tilde's scale open. Eq. 11's states are about as large as z_0, so a constant a rate
+    gives it z_0's RMS over training latents z: measured after each stage, in stage 2 a moving average.
     DIFFERS: the release scales each channel to its norm in the image's own latent, which no decoder has."""
     for Q in hyper_encoders:
-        Q.gain *= scale(z, [Q.decode(Q.encode(z_0)) for z_0 in z], reduce)
-
-
-def scale(z_0: list[Tensor], z_tilde: list[Tensor], reduce) -> Tensor:
-    """RMS of z_0 over that of z_tilde; `reduce` joins the sums of all processes."""
-    of_z_0, of_z_tilde = reduce(torch.stack([sum(t.square().sum() for t in z) for z in (z_0, z_tilde)]))
-    return (of_z_0 / of_z_tilde).sqrt()
+        z_tilde = [Q.decode(Q.encode(z_0)) for z_0 in z]
+        Q.energy.copy_(reduce(Q.energies(torch.cat(z), torch.cat(z_tilde)), "mean"))
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -543,8 +546,7 @@ def stage2(run, cfg: Stage2, cfg1: Stage1, dists: nn.Module) -> None:
         set_gain(Qs, latents(acc, sd, Photos(run.data, cfg1, 1, run.seed), cfg1, run.seed)[0], acc.reduce)
     critic = acc.unwrap_model(D)
     w = {"repa": cfg.lambda_repa, "mse": cfg.lambda_1 * ("mse" in cfg.losses),  # Fig. 7 leaves terms out
-         "dists": cfg.lambda_1 * cfg.lambda_dists * ("dists" in cfg.losses),
-         "ea": cfg.lambda_1 * cfg.lambda_dists * ("ea" in cfg.losses),
+         **{k: cfg.lambda_1 * cfg.lambda_dists * (k in cfg.losses) for k in ("dists", "ea")},
          "gan_g": cfg.lambda_2 * ("gan" in cfg.losses)}
     first = run.resume({"G": G, "D": D}, {"opt_G": opt_G, "opt_D": opt_D})
     for step, (n, x) in run.batches(photos, first):
@@ -584,9 +586,10 @@ def stage2(run, cfg: Stage2, cfg1: Stage1, dists: nn.Module) -> None:
         if acc.sync_gradients:  # the codebook steps with the others, and the gain follows
             redraw = torch_rng(run.seed + 1, "codebook", step, r)
             logged[f"live@{NAMES[r]}"] = Qs[r].quantizer.update(cfg1.ema, acc.gather, redraw)
-            Qs[r].gain *= scale([z_0], [z_tilde.detach()], acc.reduce) ** (1 - cfg.keep)
+            Qs[r].energy.lerp_(acc.reduce(Qs[r].energies(z_0, z_tilde.detach()), "mean"), 1 - cfg.keep)
         run.log(step, **terms, vq=l_vq, **{f"cos@{NAMES[r]}": -l_sim}, **logged, loss=loss)
         run.save(step)
+    set_gain(Qs, latents(acc, sd, Photos(run.data, cfg1, 1, run.seed), cfg1, run.seed)[0], acc.reduce)
     run.finish(G, t=t, fingerprint=sd.fingerprint)
 
 
@@ -656,8 +659,7 @@ def read_norms(norms: bytes) -> Tensor:
 
 @torch.inference_mode()
 def compress(model: OSCAR, image: Image.Image, r: int, tiles_for=lambda size, cell: whole) -> bytes:
-    """An image -> the bytes of its file, at bit-rate number r; networks on the whole of it, or in the windows
-    that `tiles_for` makes for its size and the rate's cell."""
+    """An image -> its file's bytes at bit-rate number r; networks in the windows that `tiles_for` makes."""
     if max(image.size) > MAX_SIDE:
         raise UserError(f"{image.width} x {image.height} pixels; a file holds {MAX_SIDE} a side")
     tiles = tiles_for(image.size, model.cells[r])
@@ -705,8 +707,7 @@ def digest_of(fingerprint: str, tensors: dict[str, Tensor]) -> bytes:
 
 def train(args) -> None:
     cfg1, cfg2 = Stage1.of(args), Stage2.of(args)
-    # Before any work, as its weights may have to be downloaded:
-    dists = common.dists_vgg16() if cfg2.dists == "vgg16" else common.dists_small()
+    dists = common.dists_vgg16() if cfg2.dists == "vgg16" else common.dists_small()  # may be a download
     run = common.tool("runs").Run(args, SD21, cfg1, cfg2)
     if cfg2.mapping not in ("measured", "random"):  # a bad file is better refused now than after stage 1
         T = len(SD(run.base, with_unet=False, weights=False).alpha_bar)

@@ -107,7 +107,7 @@ def convert_oscar(oscar_pkl: Path, base: str | None, out: Path) -> None:
                         "lowest bit-rates; take their current one")
     G = oscar.OSCAR(base, cfg1).add_lora(cfg2.rank)
     expected = trained(G)
-    tensors = {k: v for k, v in expected.items() if k.endswith(".gain")} | lora_of(unet, "sd.unet.")
+    tensors = {k: v for k, v in expected.items() if k.endswith(".energy")} | lora_of(unet, "sd.unet.")
     tensors["prompt"] = release["embeddings"].float()
     for k, v in hyper_encoders.items():
         if "._codebook." in k:

@@ -26,7 +26,7 @@ def checkerboard(height: int, width: int, step: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("height, width", [(64, 64), (40, 96), (43, 61), (50, 17)])
 def test_psnr_b_of_two_greys_in_blocks(height, width):
-    """All steps but those across borders are zero, there 10: D_B = 100 borders / (those that FBCNN counts)."""
+    """All steps but those across borders are zero, there 10: D_B = 100 borders / (FBCNN's number)."""
     flat = torch.full((1, 3, height, width), 105.0)
     assert psnr_b(flat + 5, flat) == pytest.approx(10 * math.log10(255**2 / 25), abs=1e-4)
     blocks = checkerboard(height, width, [10, 10, 10])  # 5 off everywhere

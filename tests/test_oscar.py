@@ -71,7 +71,7 @@ def test_photos_are_functions_of_seed_and_number_which_come_again_after_a_period
 @pytest.mark.parametrize("s", [1, 2, 4, 8])
 def test_a_hyper_encoder_downsamples_by_s_and_back(s):
     Q, z_0 = HyperEncoder(C, 8, 12, 4, s, 32).eval(), torch.randn(2, C, 16, 24)
-    Q.gain.fill_(3.0)
+    Q.energy.copy_(torch.tensor([9.0, 1.0]))
     with torch.no_grad():
         idx = Q.encode(z_0)
         assert idx.shape == (2, 16 // s, 24 // s) and 0 <= idx.min() and idx.max() < 32
@@ -214,11 +214,11 @@ def test_processes_share_the_measuring_and_find_what_one_finds(run):
     assert torch.allclose(G_sim, sum(G_halves) / 2, atol=1e-6)
     for z, _ in halves:
         sums.append([])
-        oscar.set_gain(Qs, z, lambda pair: sums[-1].append(pair) or torch.ones(2))  # leaves it at 1
+        oscar.set_gain(Qs, z, lambda pair, _: sums[-1].append(pair) or torch.ones(2))  # leaves it at 1
     square_0, square = sum(map(torch.stack, sums)).T
     oscar.set_gain(Qs, whole[0])
     assert torch.allclose(torch.stack([Q.gain for Q in Qs]), (square_0 / square).sqrt(), rtol=1e-4)
-    z = [3 * torch.randn(2, C, 8, 8), torch.randn(1, C, 16, 8)]
+    z = [3 * torch.randn(2, C, 8, 8), torch.randn(1, C, 8, 8)]
     oscar.set_gain(Qs, z)  # and z_tilde has the RMS of z_0
     for Q in Qs:
         decoded, expected = (sum(t.square().sum().item() for t in ts) for ts in ([Q(z_0)[0] for z_0 in z], z))
@@ -355,6 +355,19 @@ def test_a_run_logs_every_rate_and_draws_one_a_step_in_stage_2(run, mapping):
     assert rows[-1]["repa"] == pytest.approx(rows[-1]["vq"] - rows[-1][f"cos@{drawn[-1]}"], abs=1e-6)
     header = load_tensors(run.folder / "model" / "stage2.safetensors")[1]
     assert header["t"] == [mapping[name]["t"] for name in NAMES]
+
+
+def test_z_tilde_keeps_z_0s_rms_in_stage_2(run, tmp_path, photos, no_evaluation):
+    """50 steps: the result, on the crops that stage 1 measured, though `proj` has another scale then."""
+    out = before_stage_2(run, tmp_path / "run")
+    more = ["--stage", 2, "--s2-steps", 50, "--s2-batch", 1, "--losses", "mse"]
+    oscar.main(train_args("oscar", out, photos, *more))
+    model, z_0 = oscar.load(out), torch.cat(latents(run.model.sd, Stage1.read(run.folder, "oscar")[0])[0])
+    with torch.no_grad():
+        after = torch.stack([Q(z_0)[0].norm() / z_0.norm() for Q in model.hyper_encoders])
+        gains = zip(model.hyper_encoders, run.model.hyper_encoders)
+        moved = torch.stack([Q.gain / old.gain for Q, old in gains])
+    assert (after - 1).abs().max() < 0.05 < (moved - 1).abs().max()
 
 
 # ---- the file format
