@@ -472,6 +472,7 @@ def stage1(run, cfg: Stage1) -> None:
     pairs = JPEGPairs(run.data, cfg, SAIPE.cell, run.seed)
     tokenized = common.tool("captions").tokenized
     pairs.captions = tokenized(run.data, pairs.files, tokenizer, required=cfg.lambda_align > 0)
+    pairs.files = [*pairs.captions]  # one without a caption would teach the empty caption's e_text
     pairs.turns = 1  # a caption, "on the left", need not fit a turned crop
     saipe = SAIPE(cfg, tokenizer.model_max_length, encoder.config.hidden_size)
     saipe.T_align.requires_grad_(cfg.lambda_align > 0)

@@ -28,17 +28,18 @@ def read_captions(folders: list[Path]) -> dict[Path, dict]:
 
 
 def tokenized(folders: list[Path], files: list[Path], tokenizer, required: bool) -> dict[Path, dict]:
-    """Every file's caption ("" where there is none), with "ids" (77,); says what is missing and what is cut.
-    `required`: there must be captions at all."""
-    captions = read_captions(folders)
-    if required and not captions:
-        raise UserError(f"{folders[0]}: no captions.jsonl, which L_align needs; make one with "
-                        "`python -m data.caption`, or train with --lambda-align 0")
-    rows = {f: captions.get(f, {"caption": ""}) for f in files}
+    """The files' captions, with "ids" (77,); says what is missing and what is cut. Files without one are left
+    out if captions are `required`, else have ""."""
+    captions = {f: row for f, row in read_captions(folders).items() if row["caption"]}
+    known = [f for f in files if f in captions]
+    if required and not known:
+        raise UserError(f"{folders[0]}: no captions.jsonl tells of the images, which L_align needs; make one "
+                        "with `python -m data.caption`, or train with --lambda-align 0")
+    rows = {f: captions.get(f, {"caption": ""}) for f in (known if required else files)}
     texts = [row["caption"] for row in rows.values()]
     length = tokenizer.model_max_length
     long = sum(len(ids) > length for ids in tokenizer(texts, verbose=False).input_ids)
-    note(f'{len(files)} images, {texts.count("")} without a caption ("" stands for it), '
+    note(f"{len(files)} images, {len(files) - len(known)} without a caption{', left out' * required}, "
          f"{long} cut to {length} tokens, {len(captions.keys() - rows.keys())} captions without image")
     ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     return {f: {**row, "ids": own} for (f, row), own in zip(rows.items(), ids)}

@@ -152,8 +152,8 @@ def test_a_run_keeps_what_it_trained(run):
 
 def test_alignment_compares_own_and_others():
     e = torch.eye(4).view(4, 2, 2)
-    assert alignment(e, e) == (1.0, 0.0)
-    assert alignment(e, e.roll(1, 0)) == (0.0, pytest.approx(1 / 3))
+    assert alignment(e, e) == (1.0, 0.0, 1.0)
+    assert alignment(e, e.roll(1, 0)) == (0.0, pytest.approx(1 / 3), 4.0)
 
 
 # ---- time predictor
@@ -357,9 +357,12 @@ def test_captions_meet_their_images(tmp_path, capsys):
     tokenizer = load_part(CLIPTokenizer, TINY_SD, "tokenizer")
     encoder = load_part(CLIPTextModel, TINY_SD, "text_encoder")
     pairs = JPEGPairs([folder], SMALL, 8, 0)
-    pairs.captions = tokenized([folder, folder / "cat.png"], pairs.files, tokenizer, True)
-    said = '2 images, 1 without a caption ("" stands for it), 0 cut to 77 tokens, 1 captions without image'
+    both = tokenized([folder, folder / "cat.png"], pairs.files, tokenizer, False)
+    said = "2 images, 1 without a caption, 0 cut to 77 tokens, 1 captions without image"
     assert said in capsys.readouterr().err
+    only = tokenized([folder, folder / "cat.png"], pairs.files, tokenizer, True)
+    assert [f.name for f in only] == ["cat.png"] and "1 without a caption, left out" in capsys.readouterr().err
+    pairs.captions = both
     for n in range(4):
         _, x_lq, x_hq, qf, ids = pairs[n]
         cat = pairs.file(n).name == "cat.png"

@@ -45,12 +45,15 @@ def prompts(model, images: list[Image.Image]) -> Tensor:
     return torch.cat([model.T_align(model.E_down(x_lq)) for x_lq in x]).float().cpu()
 
 
-def alignment(e_img: Tensor, e_text: Tensor) -> tuple[float, float]:
-    """Mean cosine of each e_img (N, 77, D) with its own caption's e_text, and with the N - 1 others'."""
+def alignment(e_img: Tensor, e_text: Tensor) -> tuple[float, float, float]:
+    """Mean cosine of each e_img (N, 77, D) with its own caption's e_text, and with the N - 1 others'; the own
+    one's mean rank among them, 1 being the nearest."""
     e_img, e_text = (F.normalize(e.flatten(1), dim=1) for e in (e_img, e_text))  # (N, 77 D)
     cosines = e_img @ e_text.T  # (N, N)
     n = len(cosines)
-    return cosines.diagonal().mean().item(), ((cosines.sum() - cosines.trace()) / (n * (n - 1))).item()
+    own = cosines.diagonal()
+    rank = (cosines >= own[:, None]).sum(1).float().mean().item()
+    return own.mean().item(), ((cosines.sum() - cosines.trace()) / (n * (n - 1))).item(), rank
 
 
 def captioned(captions: dict[Path, dict], limit: int = 64) -> tuple[list[Image.Image], list[str]]:
@@ -76,7 +79,7 @@ def report_alignment(model, captions: dict[Path, dict]) -> dict:
     compressed = {f"QF {qf}": [jpeg(image, qf) for image in images] for qf in (5, 20, 80)}
     rows = {name: alignment(prompts(model, jpegs), e_text) for name, jpegs in compressed.items()}
     print(f"\ncosine of e_img, {len(texts)} photographs\n"
-          + text_table(["", "own e_text", "others'"], [[k, *v] for k, v in rows.items()]))
+          + text_table(["", "own e_text", "others'", "own's rank"], [[k, *v] for k, v in rows.items()]))
     return rows
 
 
@@ -160,7 +163,7 @@ def draw_fig3(runs: dict, images: list[Image.Image], e_text: Tensor):
         size = e_img.flatten(2).norm(dim=2).mean() / e_text.flatten(1).norm(dim=1).mean()
         rows.append([name, *alignment(e_img.mean(0), e_text), size.item()])
     axes[0, -1].legend(fontsize=8)
-    print(text_table(["", "cosine, own e_text", "others'", "|e_img| / |e_text|"], rows))
+    print(text_table(["", "cosine, own e_text", "others'", "own's rank", "|e_img| / |e_text|"], rows))
     return figure
 
 
