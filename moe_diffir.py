@@ -95,7 +95,7 @@ class Stage2(Settings):
     sampling: int        = setting(1,        200,      "released code: steps to z_0, in restore too", least=1)
     levels: tuple        = setting((0,),     (1, 2),   "released code: h / 2^i that it works at", most=3)
     blocks: int          = setting(1,        2,        "ours: residual blocks at each of them")
-    lpips: str           = setting("small",  "vgg",    "Eq. 4; 'small' needs no download", choices=LPIPS)
+    lpips: str           = setting("small",  "vgg",    "Eq. 4; VGG: released code", choices=LPIPS)
     cache_latents: int   = setting(300,      70_000,   "Sec. 4.1: z_0 in advance; 0: none", "cache_latents")
     crop: int            = setting(256,      256,      "Sec. 4.1", least=1)
     lr: float            = setting(1e-3,     1e-4,     "Sec. 4.1")
@@ -111,7 +111,7 @@ class Stage2(Settings):
 class CIRPairs(Crops):
     """Sample n -> (n, x_lq, x_hq, task): the same crop of a photograph and of one of its compressed versions,
     each task as likely as another, flipped and rotated (Sec. 4.1). DIFFERS: the paper resizes to 256x256, and
-    so blurs what compression did. `period`: sample n is sample n % period."""
+    so blurs what compression did; the release crops, too. `period`: sample n is sample n % period."""
 
     def __init__(self, benchmark: Benchmark, cfg: Settings, cell: int, seed: int, period: int = 0):
         cfg.check_multiple("crop", cell)
@@ -217,7 +217,7 @@ class MoEPromptModule(nn.Module):
     def forward(self, z_lq: Tensor, dp: Tensor | None,
                 noise: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """z_lq (B, C, h, w), noise (B, scales, N, h, w) -> each scale's y (B, width, ., .), gates."""
-        f = z_lq.to(self.conv[0].weight.dtype)
+        f = z_lq.to(self.conv[0].weight.dtype)  # without positions, as released
         ys, all_gates = [], []
         for i, (conv, vit, prompt) in enumerate(zip(self.conv, self.vit, self.prompt)):
             f = conv(f)                                 # (B, width, h / 2^i, w / 2^i)
@@ -323,8 +323,8 @@ class SmallPrior(nn.Module):
 class Visual2Text(nn.Module):
     """Sec. 3.3: quality enhancer (transformer blocks, adding to the picture), CLIP's image encoder, adapter
     (tokens plus an MLP's of them, as CLIP-Adapter). Beside CLIP's stand learned tokens, which start as the
-    empty caption's (ours). DIFFERS: the release has CLIP RN50, which transformers lacks, and an enhancer on
-    latents that no optimiser has."""
+    empty caption's (ours); a picture of any size is reduced to CLIP's (ours). DIFFERS: the release has CLIP
+    RN50, which transformers lacks, and an enhancer on latents that no optimiser has."""
 
     def __init__(self, cfg: Stage1, empty: Tensor, weights: bool = True):
         super().__init__()
@@ -696,7 +696,7 @@ def stage2(run, cfg: Stage2, benchmark: Benchmark, lpips: nn.Module) -> None:
                     z_0 = known[n.cpu()].to(n.device)  # (B, C, h, w)
                 else:
                     z_0 = make_latents(model, cfg, n, x_lq, run.seed)
-            x_hat = compensator(sd, z_0, features).clamp(-1, 1)  # (B, 3, H, W)
+            x_hat = compensator(sd, z_0, features).clamp(-1, 1)  # (B, 3, H, W); clamped: ours
             # loss
             terms = {name: loss_decoder(lpips, x_hat, x_hq)}
             loss = sum(terms.values())  # Eq. 4
