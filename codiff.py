@@ -115,7 +115,7 @@ class JPEGPairs(Crops):
 
 
 class Residual(nn.Module):
-    """x + Conv(ReLU(BN(Conv(x)))), Sec. 3.2.2."""
+    """x + Conv(ReLU(BN(Conv(x)))), Sec. 3.2.2. DIFFERS: the release's BN has momentum 0.9, this one 0.1."""
 
     def __init__(self, c: int):
         super().__init__()
