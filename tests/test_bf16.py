@@ -51,7 +51,7 @@ def test_training_under_autocast_follows_float32(trained_twice):
     assert [(row["stage"], row["step"]) for row in low] == [(1, 0), (1, 1), (2, 0), (2, 1)]
     for a, b in zip(exact, low):
         rel, own = LOSSES * (1 if a["step"] == 0 else 10), {k: v for k, v in a.items() if "@" not in k}
-        assert {k: pytest.approx(v, rel=rel, abs=3e-3 if k in COSINES else 1e-4) for k, v in own.items()} == {
+        assert {k: pytest.approx(v, rel=rel, abs=5e-3 if k in COSINES else 1e-4) for k, v in own.items()} == {
             k: b[k] for k in own}
     assert script.__name__ != "codiff" or exact[:2] == low[:2]  # CaVE's L1 losses: float32 on CUDA as well
 

@@ -22,7 +22,7 @@ from common import (SD, STREAMS, TINY_SD, Crops, Discriminator, Settings, add_lo
                     dists_vgg16, for_inference, frozen, jpeg, load_trained, noise_for, pad_to, set_lr,
                     text_tokens, to_image, to_tensor, trained)
 from conftest import CAT, SCRIPTS, moved_by, tops
-from data.files import ROOT, UserError, load_tensors, save_tensors
+from data.files import ROOT, UserError, load_part, load_tensors, save_tensors
 
 # ---- the house
 
@@ -224,6 +224,17 @@ def test_discriminators_unet_is_the_bases_mid_block():
     with torch.no_grad():
         base(z, 199, c)
         assert torch.allclose(D.unet(z, 199, c).sample, seen["mid"], atol=1e-5)
+
+
+@pytest.mark.parametrize("base, crop, logits", [("data/sd21-base", 256, 2), (TINY_SD, 128, 3),
+                                                (TINY_SD, 64, 2)])
+def test_discriminators_head_is_the_releases_at_sd_21s_size(base, crop, logits, monkeypatch):
+    """Two convolutions of 4, strides 1 and 1, padding 1. A small UNet's map would be too small for these."""
+    monkeypatch.setattr(common, "load_part", lambda *part: load_part(*part, weights=False))
+    with torch.device("meta"):
+        D = Discriminator(base, 4)
+        z = torch.empty(1, D.unet.config.in_channels, crop // 8, crop // 8)
+        assert D(z, 0).shape == (1, 1, logits, logits)
 
 
 def test_accuracy_counts_logits_on_the_right_side():
