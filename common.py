@@ -406,15 +406,16 @@ class Settings:
     def read(cls, weights: Path, script: str):
         """(settings, tensors, header) of this stage's result in a run's folder."""
         tensors, header = read_model(weights, script, cls.number)
-        return cls.of_header(header), tensors, header
+        return cls.of_header(header, weights), tensors, header
 
     @classmethod
-    def of_header(cls, header: dict):
+    def of_header(cls, header: dict, source: Path | str = ""):
         """The settings as a result's header, or a run's config.json, records them."""
         prefix = f"stage{cls.number}."
         values = {k.removeprefix(prefix): v for k, v in header.items() if k.startswith(prefix)}
         for k in values.keys() ^ {f.name for f in fields(cls)}:
-            raise UserError(f"{prefix}{k}: made by another version of this program, which has other settings")
+            raise UserError(f"{source}: made by another version of this program, of other settings "
+                            f"({prefix}{k}); train it again, or use that version")
         return cls(**values)
 
 

@@ -34,7 +34,7 @@ from data.results.tables import mean, save_png, text_table
 from data.runs import CommandLine, once, processes, run_cli
 
 # Lowest level first. The seven codecs of the paper's 21 tasks, and AVC, which it keeps unseen in training (as
-# it does JPEG QF 25 and VVC QP 32 and 52, Table 2). DIFFERS: the release has JPEG at 10, 15, 20, WebP at 1, 5,
+# it does JPEG QF 25 and VVC QP 32, 52, Table 2). DIFFERS: the release has JPEG at 10, 15, 20, WebP at 1, 5,
 # 10. The supplement's JPEG rows are those, so that Table 1 may rest on them.
 LEVELS = {"jpeg": ("5", "10", "15"), "webp": ("5", "10", "15"),
           "hevc": ("47", "42", "37"), "vvc": ("47", "42", "37"),
