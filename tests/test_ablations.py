@@ -251,6 +251,14 @@ def test_pages_say_what_the_figures_do(script):
             assert f"<!-- {name} -->\n{text}\n<!-- end of {name} -->" in page
 
 
+def test_runs_of_two_commits_are_not_compared():
+    row = {"machine": "", "seconds": None, "bundled": {}, "figures": {}, "seed": 0}
+    rows = [row | {"choice": choice, "commit": "abc"} for choice in (DEFAULT, "random-t", "no-alignment")]
+    assert {"default", "ablations", "expected"} == pages.blocks("oscar", rows).keys()
+    assert {"default", "expected"} == pages.blocks("oscar", [*rows[:2], rows[2] | {"commit": "def"}]).keys()
+    assert {"default"} == pages.blocks("oscar", [rows[0] | {"commit": "def"}, *rows[1:]]).keys()
+
+
 def test_the_readme_says_what_the_figures_do():
     paths = {script: HERE / f"{script}.json" for script in papers()}
     if all(path.exists() for path in paths.values()):
