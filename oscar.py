@@ -133,8 +133,7 @@ class Photos(Crops):
         side = times * self.cfg.crop  # of what becomes one crop
         left, top = r.integers(0, self.size - side + 1, 2).tolist()
         x = Image.fromarray(self.crop(n)).crop((left, top, left + side, top + side)).reduce(times)
-        gain = torch.from_numpy(r.uniform(-1, 1, (3, 1, 1))).float() * self.cfg.jitter
-        offset = torch.from_numpy(r.uniform(-1, 1, (3, 1, 1))).float() * self.cfg.jitter
+        gain, offset = torch.from_numpy(r.uniform(-1, 1, (2, 3, 1, 1))).float() * self.cfg.jitter
         return n, (to_tensor(x) * (1 + gain) + offset).clamp(-1, 1)
 
 
@@ -169,9 +168,8 @@ class Attention(nn.Module):
 
 class Quantizer(nn.Module):
     """VQ on the unit sphere: M features -> D, normalised -> nearest of V unit codes by cosine -> M features.
-    The codebook learns by exponential moving average (Sec. 3.3 after Esser et al.), in `update`, from the
-    vectors that training passes left in `pending`. A code that nothing has chosen for long takes the place of
-    a vector of the batch (ours: the release never revives one)."""
+    The codebook learns by moving average (Sec. 3.3 after Esser et al.), in `update`, from what training left
+    in `pending`. A code that nothing chose for long becomes one of the batch's (ours; the release revives none)."""
 
     def __init__(self, M: int, D: int, V: int):
         super().__init__()
@@ -247,7 +245,8 @@ class HyperEncoder(nn.Module):
                                       down(2, N, N), *three(N), nn.Conv2d(N, M, 1), Attention(M))
         self.quantizer = Quantizer(M, D, V)
         self.proj = nn.Sequential(up(0), *three(M), up(1), *three(M), up(2), *three(M), nn.Conv2d(M, C, 1))
-        self.register_buffer("energy", torch.ones(2))  # see set_gain; in stage 2 a moving average
+        self.register_buffer("energy", torch.ones(2))  # mean squares of z_0 and of proj's output
+        self.noted: list[Tensor] = []  # those of single batches
         for m in self.modules():  # ours: with torch's random biases all e start in nearly the same direction
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
                 nn.init.zeros_(m.bias)
@@ -262,9 +261,15 @@ class HyperEncoder(nn.Module):
     def gain(self) -> Tensor:
         return (self.energy[0] / self.energy[1]).sqrt()
 
-    def energies(self, z_0: Tensor, z_tilde: Tensor) -> Tensor:
-        """Mean squares (2,) of z_0 and of what `gain` made z_tilde from."""
-        return torch.stack([z_0.square().mean(), (z_tilde / self.gain).square().mean()])
+    @torch.no_grad()
+    def note(self, z_0: Tensor, z_tilde: Tensor) -> None:
+        self.noted.append(torch.stack([z_0.square().mean(), (z_tilde / self.gain).square().mean()]))
+
+    @torch.no_grad()
+    def follow(self, keep: float, reduce) -> None:
+        """Moves `energy` towards what was noted, in all processes."""
+        self.energy.lerp_(reduce(torch.stack(self.noted).mean(0), "mean"), 1 - keep)
+        self.noted.clear()
 
     def encode(self, z_0: Tensor) -> Tensor:
         """Indices (B, h / s, w / s): all that a file holds."""
@@ -321,10 +326,11 @@ class OSCAR(nn.Module):
 
     def forward(self, z_0: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(z_tilde, L_VQ, z_hat, x_hat) of training."""
-        z_tilde, l_vq = self.hyper_encoders[r](z_0)   # as z_0, ()
-        rms = z_tilde.square().mean().sqrt()
-        z_tilde = z_tilde * (rms.detach() / rms)      # as it is, but no loss may change its scale (ours)
-        z_hat = self.denoise(z_tilde, r)              # as z_0
+        z_tilde, l_vq = self.hyper_encoders[r](z_0)  # as z_0, ()
+        self.hyper_encoders[r].note(z_0, z_tilde)
+        rms = z_tilde.square().mean((1, 2, 3), keepdim=True).sqrt()
+        z_tilde = z_tilde * (rms.detach() / rms)     # as it is, but no loss may change its scale (ours)
+        z_hat = self.denoise(z_tilde, r)             # as z_0
         return z_tilde, l_vq, z_hat, self.sd.decode(z_hat).clamp(-1, 1)
 
 
@@ -418,8 +424,9 @@ def set_gain(hyper_encoders: nn.ModuleList, z: list[Tensor], reduce=lambda energ
     gives it z_0's RMS over training latents z: measured after each stage, in stage 2 a moving average.
     DIFFERS: the release scales each channel to its norm in the image's own latent, which no decoder has."""
     for Q in hyper_encoders:
-        z_tilde = [Q.decode(Q.encode(z_0)) for z_0 in z]
-        Q.energy.copy_(reduce(Q.energies(torch.cat(z), torch.cat(z_tilde)), "mean"))
+        for z_0 in z:
+            Q.note(z_0, Q.decode(Q.encode(z_0)))
+        Q.follow(0.0, reduce)
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -586,7 +593,7 @@ def stage2(run, cfg: Stage2, cfg1: Stage1, dists: nn.Module) -> None:
         if acc.sync_gradients:  # the codebook steps with the others, and the gain follows
             redraw = torch_rng(run.seed + 1, "codebook", step, r)
             logged[f"live@{NAMES[r]}"] = Qs[r].quantizer.update(cfg1.ema, acc.gather, redraw)
-            Qs[r].energy.lerp_(acc.reduce(Qs[r].energies(z_0, z_tilde.detach()), "mean"), 1 - cfg.keep)
+            Qs[r].follow(cfg.keep, acc.reduce)
         run.log(step, **terms, vq=l_vq, **{f"cos@{NAMES[r]}": -l_sim}, **logged, loss=loss)
         run.save(step)
     set_gain(Qs, latents(acc, sd, Photos(run.data, cfg1, 1, run.seed), cfg1, run.seed)[0], acc.reduce)
@@ -688,18 +695,12 @@ def load(weights: Path, base: str | None = None) -> OSCAR:
     G = OSCAR(base or header["base"], Stage1.of_header(header), header["t"]).add_lora(cfg.rank)
     G.sd.check(header, weights)
     load_trained(G, tensors, weights)
-    G.digest = digest_of(header["fingerprint"], tensors)
-    G.true_norms = header.get("true_norms", False)
-    common.for_inference(G.sd)  # not the hyper-encoders and codebooks: float32, for exact indices
-    return G.eval().to(common.device())
-
-
-def digest_of(fingerprint: str, tensors: dict[str, Tensor]) -> bytes:
-    """First two bytes of the SHA-256 over the base's fingerprint and the trained tensors, by name."""
-    sha = hashlib.sha256(fingerprint.encode())
+    sha = hashlib.sha256(header["fingerprint"].encode())  # of the base and the trained tensors, by name
     for name, tensor in sorted(tensors.items()):
         sha.update(name.encode() + tensor.numpy().tobytes())
-    return sha.digest()[:2]
+    G.digest, G.true_norms = sha.digest()[:2], header.get("true_norms", False)
+    common.for_inference(G.sd)  # not the hyper-encoders and codebooks: float32, for exact indices
+    return G.eval().to(common.device())
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -727,8 +728,7 @@ def parse_bpp(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(NAMES)}") from None
 
 
-def model_flags(p) -> None:
-    """Of compress, decompress and eval."""
+def model_flags(p) -> None:  # of compress, decompress and eval
     p.model_flags("oscar")
 
 
