@@ -223,7 +223,8 @@ class Discriminator(nn.Module):
             self.proj = nn.Linear(given, d)
         else:
             self.prompt = nn.Parameter(torch.randn(1, 77, d) * 0.02)
-        # As released: 2 x 2 logits of 256 pixels. Of tiny-sd's, for 64, that would leave none.
+        # As released at SD 2.1's size: 2 x 2 logits of 256 pixels. UNets of three levels, as tiny-sd's, of
+        # whose map of 64 pixels that would leave nothing, and SDXL's, have another (ours).
         stride, padding = (1, 1) if len(self.unet.config.block_out_channels) > 3 else (2, 2)
         self.head = nn.Sequential(nn.Conv2d(c, 2 * c, 4, stride, 1), nn.GroupNorm(32, 2 * c), nn.SiLU(),
                                   nn.Conv2d(2 * c, 1, 4, 1, padding))

@@ -1,8 +1,8 @@
 """MoE-DiffIR: Task-customized Diffusion Priors for Universal Compressed Image Restoration (ECCV 2024,
 arXiv 2407.10833v1).
 
-    x_lq -> VAE enc -> z_lq -> z_t at t* -> UNet -> eps -> x0, or N steps of it -> z_0 -> VAE dec -> x_hat
-      |                  \\-> MoE-Prompt Module --^ SPADE in ResBlocks       compensator (stage 2) --^
+    x_lq -> VAE enc -> z_lq -> z_t at t*, or noise -> UNet -> x0, or N steps -> z_0 -> VAE dec -> x_hat
+      |                  \\-> MoE-Prompt Module --------^ SPADE in ResBlocks   compensator (stage 2) --^
       |-> prior DP -----------> its routers                                (encoder features of x_lq)
       \\-> quality enhancer -> CLIP -> Visual2Text adapter -> c (in place of the caption's tokens)
 
@@ -18,10 +18,10 @@ arXiv 2407.10833v1).
 | prompts  | P          | (N, width, width)    | experts, E_i(f) = f P_i; N = 7, K = 3 of them are chosen    |
 | y        | y          | as f                 | what the prompts make of f                                  |
 
-Where the paper is silent the code does what the authors' does ("released code"); what differs from either
-stands at its place, in lines beginning DIFFERS. The benchmark of Sec. 3.5 is data/make_cir.py's.
+Where the paper is silent the code does what the authors' does ("released code"), or says "ours"; where it
+parts from the paper or the release stands in lines beginning DIFFERS.
 
-    python moe_diffir.py train         # benchmark of the bundled photographs, both stages, a table, a picture
+    python moe_diffir.py train         # benchmark (Sec. 3.5, data/make_cir.py), stages, a table, a picture
     python moe_diffir.py restore photo.webp -o photo.png
 """
 
@@ -71,7 +71,7 @@ class Stage1(Settings):
     crop: int           = setting(128,      256,      "Sec. 4.1", least=1)
     start: str          = setting("lq",     "noise",  "Eq. 2; see `draw`, `sample`", "start", choices=STARTS)
     start_t: int        = setting(49,       49,       "ours: t* of 'lq'; 'noise' has t random", most=499)
-    checkpointing: bool = setting(False,    False,    "ours: less memory, more time")
+    checkpointing: bool = setting(False,    False,    "ours: of UNet and SPADE; less memory, more time")
     lr: float           = setting(1e-3,     5e-5,     "Sec. 4.1")
     clip: float         = setting(1.0,      1.0,      "ours: gradient norm; 0 clips nothing")
     batch: int          = setting(8,        32,       "Sec. 4.1", least=1)
@@ -82,9 +82,9 @@ class Stage1(Settings):
         self.check_multiple("width", self.heads)
 
     def check_steps(self, flag: str, steps: int) -> None:
-        most = 1 if self.start == "lq" else 1000
-        if not 1 <= steps <= most:
-            raise UserError(f"{flag} {steps}: must be from 1 to {most} (--start {self.start})")
+        least, most = (1, 1) if self.start == "lq" else (2, 1000)  # one step from noise restores nothing
+        if not least <= steps <= most:
+            raise UserError(f"{flag} {steps}: must be from {least} to {most} (--start {self.start})")
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Stage2(Settings):
     number = 2
     #                              tiny run  paper run
     sampling: int        = setting(1,        200,      "released code: steps to z_0, in restore too", least=1)
-    levels: tuple        = setting((0,),     (1, 2),   "released code: h / 2^i that it works at", most=3)
+    levels: tuple        = setting((0,),     (1, 2),   "released code: H / 2^i that it works at", most=3)
     blocks: int          = setting(1,        2,        "ours: residual blocks at each of them")
     lpips: str           = setting("small",  "vgg",    "Eq. 4; VGG: released code", choices=LPIPS)
     cache_latents: int   = setting(300,      70_000,   "Sec. 4.1: z_0 in advance; 0: none", "cache_latents")
@@ -158,8 +158,8 @@ def top_k_gates(logits: Tensor, k: int) -> Tensor:
 class PromptGenerator(nn.Module):
     """MoE-Prompt Generator, Fig. 2b: the degradation prior meets the features, a router picks K of N prompts
     for every position, these interact with the features. Also Table 2's others: No Prompt; Single, an image
-    that is added (Fig. 2a); Multiple, all N prompts by their weights (Fig. 2c).
-
+    that is added (Fig. 2a); Multiple, all N prompts by their weights (Fig. 2c). DIFFERS: the release's Single
+    is one matrix for all scales, its Multiple 21 vectors a scale, added; it has no No Prompt.
     DIFFERS: the release has a router a task, and is told the task in testing too (in training, whose pool of
     samples shuffles pictures but not tasks, a wrong one). The paper tells of none: one router here."""
 
@@ -234,7 +234,7 @@ class MoEPromptModule(nn.Module):
 class SPADE(nn.Module):
     """h -> h + gamma Norm(h) + beta, gamma and beta by convolutions from y, the prompts' part at h's scale.
     DIFFERS: Park et al. (2019), and the release from random weights, have (1 + gamma) Norm(h) + beta, which
-    changes the UNet from the start; here gamma and beta start at zero, from the untouched UNet."""
+    changes the UNet from the start; here they start at zero. The release's Norm has parameters, too."""
 
     def __init__(self, c_y: int, c: int, hidden: int, groups: int):
         super().__init__()
@@ -271,7 +271,7 @@ def clip_encoder(name: str, flag: str, weights: bool = True) -> nn.Module:
         return CLIPVisionModel.from_pretrained(name).float().requires_grad_(False)
     except Exception as error:  # no network, no such repository, a folder that holds something else
         why = str(error).splitlines()[0][:150]
-        raise UserError(f"{flag} {name}: no CLIP image encoder there ({why}); give a local folder") from None
+        raise UserError(f"{flag} {name}: no CLIP image encoder ({why}); name a local one, keep it") from None
 
 
 def clip_input(x: Tensor, size: int) -> Tensor:
@@ -284,8 +284,8 @@ def clip_input(x: Tensor, size: int) -> Tensor:
 
 class Prior(nn.Module):
     """Degradation prior DP, Sec. 3.2: all tokens of a frozen CLIP image encoder: the paper's DA-CLIP (`python
-    -m data.convert daclip`), or any. DIFFERS: the release leaves out its class token, positions and colour
-    normalisation, and reshapes where it should transpose: each token is made of pieces of all."""
+    -m data.convert daclip`), or any. DIFFERS: without --dp the paper run takes CLIP's B/32. The release
+    leaves out class token, positions and normalisation, and reshapes where it should transpose."""
 
     def __init__(self, name: str, weights: bool = True):
         super().__init__()
@@ -324,14 +324,14 @@ class Visual2Text(nn.Module):
     """Sec. 3.3: quality enhancer (transformer blocks, adding to the picture), CLIP's image encoder, adapter
     (tokens plus an MLP's of them, as CLIP-Adapter). Beside CLIP's stand learned tokens, which start as the
     empty caption's (ours); a picture of any size is reduced to CLIP's (ours). DIFFERS: the release has CLIP
-    RN50, which transformers lacks, and an enhancer on latents that no optimiser has."""
+    RN50, which transformers lacks, without its normalisation, and an enhancer that no optimiser has."""
 
     def __init__(self, cfg: Stage1, empty: Tensor, weights: bool = True):
         super().__init__()
         self.clip = clip_encoder(cfg.v2t, "--clip", weights)
         c, d, D = cfg.width, self.clip.config.hidden_size, empty.shape[1]
         self.size = self.clip.config.image_size
-        side = 8 if cfg.v2t == "small" else 16
+        side = self.clip.config.patch_size
         self.patch = nn.Conv2d(3, c, side, side)  # side x side pixels to a token
         self.position = nn.Parameter(torch.randn(1, (self.size // side) ** 2, c) * 0.02)
         self.enhance = nn.Sequential(*(transformer_block(c, cfg.heads) for _ in range(cfg.enhancer)))
@@ -344,8 +344,8 @@ class Visual2Text(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, 3, H, W) in [-1, 1] -> c (B, 256 + L, D)."""
         x = clip_input(x, self.size).to(self.position.dtype)            # (B, 3, 224, 224)
-        patches = self.patch(x)                                         # (B, width, 14, 14)
-        f = self.enhance(patches.flatten(2).transpose(1, 2) + self.position)  # (B, 196, width)
+        patches = self.patch(x)                                         # (B, width, 16, 16)
+        f = self.enhance(patches.flatten(2).transpose(1, 2) + self.position)  # (B, 256, width)
         x = x + self.unpatch(f.transpose(1, 2).unflatten(2, patches.shape[2:]))  # enhanced, as x
         tokens = self.clip(x).last_hidden_state[:, 1:]                  # without the class token: (B, 256, d)
         side = math.isqrt(tokens.shape[1])
@@ -596,7 +596,7 @@ def stage1(run, cfg: Stage1, benchmark: Benchmark) -> MoEDiffIR:
     torch.manual_seed(run.seed)
     model = MoEDiffIR(run.base, cfg, common.text_tokens(run.base, [""])[0], len(run.config["tasks"])).train()
     pairs = CIRPairs(benchmark, cfg, model.cell, run.seed)
-    unused = cfg.v2t == "small" or not cfg.lambda_dp  # its class token's layers; the small prior's head
+    unused = cfg.v2t == "small" or cfg.dp == "small" and not cfg.lambda_dp  # its class token, its head
     acc = run.start(cfg, some_unused=unused, **dict(model.named_children()))
     if cfg.checkpointing:
         model.sd.unet.enable_gradient_checkpointing()
@@ -692,10 +692,8 @@ def stage2(run, cfg: Stage2, benchmark: Benchmark, lpips: nn.Module) -> None:
             # forward
             with torch.no_grad(), acc.autocast():
                 _, features = model.encode(x_lq)  # (B, c_i, H / 2^i, W / 2^i) each
-                if cfg.cache_latents:
-                    z_0 = known[n.cpu()].to(n.device)  # (B, C, h, w)
-                else:
-                    z_0 = make_latents(model, cfg, n, x_lq, run.seed)
+                z_0 = (known[n.cpu()].to(n.device) if cfg.cache_latents
+                       else make_latents(model, cfg, n, x_lq, run.seed))  # (B, C, h, w)
             x_hat = compensator(sd, z_0, features).clamp(-1, 1)  # (B, 3, H, W); clamped: ours
             # loss
             terms = {name: loss_decoder(lpips, x_hat, x_hq)}
@@ -733,7 +731,7 @@ def restore(model: MoEDiffIR, image: Image.Image, steps: int | None = None, fide
     x_lq = to_tensor(image)[None].to(device())       # (1, 3, H, W)
     x = pad_to(x_lq, model.cell)                     # sides: multiples of 8
     encode = functools.lru_cache(1)(model.encode)    # the whole picture is encoded once, windows twice
-    z_lq = tiles(lambda x: encode(x)[0], x).float()  # (1, C, h, w)
+    z_lq = tiles(lambda x: encode(x)[0], x).float()  # (1, C, h, w), the mean.  DIFFERS: released, a sample
     z_0 = model.sample(z_lq, x_lq, steps or model.sampling, [torch_rng(0)], tiles)
     x_hat = tiles(lambda z_0, x: model.compensator(model.sd, z_0, encode(x)[1], fidelity), z_0, x)
     return to_image(x_hat[0, :, :image.height, :image.width])
@@ -745,6 +743,8 @@ def restore(model: MoEDiffIR, image: Image.Image, steps: int | None = None, fide
 def train(args) -> None:
     cfg1, cfg2 = Stage1.of(args), Stage2.of(args)
     cfg1.check_steps("--s2-sampling", cfg2.sampling)
+    cfg1.dp, cfg1.v2t = (name if name in ("small", "none") or not Path(name).is_dir()
+                         else str(Path(name).resolve()) for name in (cfg1.dp, cfg1.v2t))
     lpips = FeatureDistance() if cfg2.lpips == "small" else lpips_vgg()
     make_cir = common.tool("make_cir")
     caches, tasks = make_cir.wanted(args.data or [common.PHOTOS / "train"], args.cache, args.codecs)

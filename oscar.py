@@ -169,7 +169,7 @@ class Attention(nn.Module):
 class Quantizer(nn.Module):
     """VQ on the unit sphere: M features -> D, normalised -> nearest of V unit codes by cosine -> M features.
     The codebook learns by moving average (Sec. 3.3 after Esser et al.), in `update`, from what training left
-    in `pending`. A code that nothing chose for long becomes one of the batch's (ours; the release revives none)."""
+    in `pending`. A code that nothing chose for long becomes one of the batch's (the release: stays)."""
 
     def __init__(self, M: int, D: int, V: int):
         super().__init__()

@@ -5,7 +5,7 @@
     python codiff.py restore photo.jpg -o photo.png --weights runs/official
     python -m data.convert half runs/codiff --out data/weights/codiff          # a run in half precision
     python -m data.convert daclip daclip_ViT-B-32.pt --out runs/daclip         # Algolzw/daclip-uir links it
-    python moe_diffir.py train --paper --dp runs/daclip
+    python moe_diffir.py train --paper --dp runs/daclip --data pieces/DF2K
 
 CODiff and OSCAR need the base they were trained on, SD 2.1-base or SD 2.1. DA-CLIP's controller becomes a
 CLIP of transformers, for MoE-DiffIR's prior. Nothing in a file is executed."""

@@ -218,7 +218,7 @@ def test_processes_share_the_measuring_and_find_what_one_finds(run):
     square_0, square = sum(map(torch.stack, sums)).T
     oscar.set_gain(Qs, whole[0])
     assert torch.allclose(torch.stack([Q.gain for Q in Qs]), (square_0 / square).sqrt(), rtol=1e-4)
-    z = [3 * torch.randn(2, C, 8, 8), torch.randn(1, C, 8, 8)]
+    z = [3 * torch.randn(2, C, 8, 8), torch.randn(2, C, 8, 8)]
     oscar.set_gain(Qs, z)  # and z_tilde has the RMS of z_0
     for Q in Qs:
         decoded, expected = (sum(t.square().sum().item() for t in ts) for ts in ([Q(z_0)[0] for z_0 in z], z))
@@ -357,17 +357,37 @@ def test_a_run_logs_every_rate_and_draws_one_a_step_in_stage_2(run, mapping):
     assert header["t"] == [mapping[name]["t"] for name in NAMES]
 
 
-def test_z_tilde_keeps_z_0s_rms_in_stage_2(run, tmp_path, photos, no_evaluation):
-    """50 steps: the result, on the crops that stage 1 measured, though `proj` has another scale then."""
-    out = before_stage_2(run, tmp_path / "run")
+def test_z_tilde_keeps_z_0s_rms_in_stage_2(run, tmp_path, photos, no_evaluation, monkeypatch):
+    """50 steps, on the crops that stage 1 measured: what follows, and what is measured at the end."""
+    out, followed, real = before_stage_2(run, tmp_path / "run"), [], oscar.set_gain
+
+    def set_gain(Qs, *measured):
+        followed.extend(Q.gain.item() for Q in Qs)
+        real(Qs, *measured)
+    monkeypatch.setattr(oscar, "set_gain", set_gain)
     more = ["--stage", 2, "--s2-steps", 50, "--s2-batch", 1, "--losses", "mse"]
     oscar.main(train_args("oscar", out, photos, *more))
     model, z_0 = oscar.load(out), torch.cat(latents(run.model.sd, Stage1.read(run.folder, "oscar")[0])[0])
     with torch.no_grad():
         after = torch.stack([Q(z_0)[0].norm() / z_0.norm() for Q in model.hyper_encoders])
-        gains = zip(model.hyper_encoders, run.model.hyper_encoders)
-        moved = torch.stack([Q.gain / old.gain for Q, old in gains])
-    assert (after - 1).abs().max() < 0.05 < (moved - 1).abs().max()
+        gains = torch.stack([Q.gain for Q in model.hyper_encoders])
+    assert (after - 1).abs().max() < 0.05 and (torch.tensor(followed) / gains - 1).abs().max() < 0.15
+
+
+def test_stage_2s_losses_cannot_change_z_tildes_scale_nor_see_how_a_batch_is_split():
+    torch.manual_seed(0)
+    G = OSCAR(TINY_SD, Stage1(N=8, M=8, D=4)).add_lora(4).train()
+    z_0, last = torch.randn(4, C, 8, 8) * torch.arange(1, 5).view(4, 1, 1, 1), G.hyper_encoders[7].proj[-1]
+
+    def gradients(z_0):
+        return torch.autograd.grad(G(z_0, 7)[3].square().mean(), [last.weight, last.bias])
+    whole, halves = gradients(z_0), [gradients(z) for z in z_0.split(2)]
+    radial = sum((p * g).sum() for p, g in zip((last.weight, last.bias), whole))
+    assert abs(radial) < 1e-4 * whole[0].norm() * last.weight.norm()
+    for g, *parts in zip(whole, *halves):
+        assert torch.allclose(g, sum(parts) / 2, rtol=1e-3, atol=1e-5 * g.norm().item())
+    noted = torch.stack(G.hyper_encoders[7].noted)  # of the whole and of its halves
+    assert torch.allclose(noted[0], noted[1:].mean(0))
 
 
 # ---- the file format

@@ -259,7 +259,7 @@ def parts(model, x: Tensor) -> Parts:
                                                           for i in compensator.levels])}
 
 
-profile = partial(print_profile, parts=parts, steps=(1, 50))
+profile = partial(print_profile, parts=parts, steps=(1, 200))
 
 # ------------------------------------------------------------------------------------------ figures
 
@@ -321,7 +321,7 @@ def draw_router(share: Tensor, tasks: list[str], apart: Tensor, codecs: list[str
         ticks = range(len(codecs))
         axes[1, i].set(xticks=ticks, yticks=ticks, yticklabels=codecs if i == 0 else [])
         axes[1, i].set_xticklabels(codecs, rotation=45)
-    figure.colorbar(top, ax=axes[0], label="share of the choices")
+    figure.colorbar(top, ax=axes[0], label="share of the gates")
     figure.colorbar(below, ax=axes[1], label="total variation")
     return figure
 
@@ -329,7 +329,7 @@ def draw_router(share: Tensor, tasks: list[str], apart: Tensor, codecs: list[str
 # --------------------------------------------------------------------------------------------- page
 
 TITLE = "MoE-DiffIR"
-COST = "1.838 G, 12.5 T (1 step)"
+COST = "1.750 G, 298 T (200 steps)"
 TABLE = [(task, "PSNR") for task in ("jpeg:5", "webp:5", "hevc:47", "vvc:47", "vvc:52", "avc:47")]
 COLUMNS = TABLE[:4]
 CONDITION = "jpeg:5"
