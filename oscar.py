@@ -83,7 +83,7 @@ class Stage1(Settings):
     lr: float       = setting(2e-3,     2e-5,    "Sec. 4.1")
     batch: int      = setting(8,        64,      "Sec. 4.1", least=1)
     steps: int      = setting(450,      10_000,  "Sec. 4.1", least=1)
-    measure: int    = setting(64,       4096,    "ours: crops of Eqs. 10, 12, gain; the paper: all", least=1)
+    measure: int    = setting(256,      4096,    "ours: crops of Eqs. 10, 12, gain; the paper: all", least=1)
 
 
 @dataclass
