@@ -23,6 +23,8 @@ from conftest import CAT, before_stage_2, moved_by, rows_of, said_by, tops, trai
 from data import make_cir
 from data.files import UserError, list_images, load_tensors
 from data.make_cir import compress
+from data.results import ablations
+from data.results import moe_diffir as measures
 from data.results.moe_diffir import gates_of, print_latent_errors, routing
 from data.runs import filled_rows
 from data.tiles import tiling
@@ -610,6 +612,9 @@ def test_eval_tells_of_every_codec(run, photos):
     gap = results["gap_closed"]["vvc"]["restored, 1 step"]
     assert gap == pytest.approx((ours - low) / (high - low))
     assert list_images([photos]) == sorted(photos.glob("*.png"))  # nothing of the hidden cache
+    kept = ablations.figures(measures, run.folder / "metrics.json")  # without LPIPS, which is not to be had
+    over_all = np.mean([task["restored, 1 step"]["PSNR"] for task in results["results"].values()])
+    assert kept["all tasks"]["PSNR"] == pytest.approx(over_all, abs=1e-4) and len(kept["latent error"]) == 4
 
 
 def test_eval_of_pairs_unseen_levels_and_fid(run, photos, tmp_path, monkeypatch):

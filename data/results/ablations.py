@@ -193,9 +193,10 @@ def figures(own: ModuleType, file: Path, run: Path | None = None) -> dict[str, d
             rows = {"restored": rows}
         for row, values in rows.items():
             name = condition if row.startswith("restored") else f"{condition}, {row}"
-            flat[name] = {k: v for k, v in values.items() if v is not None}
+            flat[name] = values
     flat |= {name: values for name, values in own.more_figures(metrics, run).items() if values}
-    return {name: {k: round(v, 4) for k, v in values.items()} for name, values in flat.items()}
+    return {name: {k: round(v, 4) for k, v in values.items() if v is not None}
+            for name, values in flat.items()}
 
 
 def left(jobs: list[Job], args, rows: list[dict]) -> list[Job]:
