@@ -17,7 +17,7 @@ DTYPES = torch.float32, torch.bfloat16
 STAGES = ["--s1-steps", 2, "--s2-steps", 2, "--s1-accumulate", 2, "--s2-accumulate", 2]
 # Rounding gives 1 to 3 of OSCAR's 64 positions another code, hence its larger crop.
 FLAGS = {"codiff": ["--s2-checkpointing", "--s1-widths", "16,16,24,32"], "sodiff": ["--s2-checkpointing"],
-         "oscar": ["--s2-checkpointing", "--s2-crop", 128, "--s1-lr", 1e-3, "--s1-ema", 0.9,
+         "oscar": ["--s2-checkpointing", "--s2-crop", 128, "--s2-batch", 4, "--s1-lr", 1e-3, "--s1-ema", 0.9,
                    "--s1-lambda-z", 1],
          "moe_diffir": ["--cache-latents", 4, "--codecs", "jpeg"]}
 LOSSES = 0.02  # relative, in a stage's first step; then comes Adam, which takes a gradient's mere sign
@@ -51,7 +51,7 @@ def test_training_under_autocast_follows_float32(trained_twice):
     assert [(row["stage"], row["step"]) for row in low] == [(1, 0), (1, 1), (2, 0), (2, 1)]
     for a, b in zip(exact, low):
         rel, own = LOSSES * (1 if a["step"] == 0 else 10), {k: v for k, v in a.items() if "@" not in k}
-        assert {k: pytest.approx(v, rel=rel, abs=5e-3 if k in COSINES else 1e-4) for k, v in own.items()} == {
+        assert {k: pytest.approx(v, rel=rel, abs=3e-3 if k in COSINES else 1e-4) for k, v in own.items()} == {
             k: b[k] for k in own}
     assert script.__name__ != "codiff" or exact[:2] == low[:2]  # CaVE's L1 losses: float32 on CUDA as well
 
