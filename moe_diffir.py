@@ -34,6 +34,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import common  # before torch: how its threads wait
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import common
 from common import (SD, Crops, Settings, UserError, device, load_trained, noise_for, pad_to, rng, setting,
                     to_image, to_tensor, torch_rng, whole)
 
@@ -626,7 +626,7 @@ def stage1(run, cfg: Stage1, benchmark: Benchmark) -> MoEDiffIR:
                 common.print_gradients(acc, step, model, weighted)
             # backward, clip, learning rate, step
             acc.backward(loss)
-            common.clip(acc, model, cfg.clip)
+            common.clip(acc, adam, cfg.clip)
             common.set_lr(adam, cfg.lr, step, cfg)
             adam.step()  # accelerate has it wait for the step's last batch, and zero_grad too
             adam.zero_grad()
@@ -682,7 +682,7 @@ def stage2(run, cfg: Stage2, benchmark: Benchmark, lpips: nn.Module) -> None:
     lpips.to(acc.device)
     known = cache_latents(run, cfg, model, pairs) if cfg.cache_latents else None  # (samples, C, h, w)
     x_lq = torch.stack([pairs[n][1] for n in range(16)]).to(acc.device)  # the same in every process
-    with torch.no_grad():
+    with torch.no_grad(), acc.autocast():
         compensator(sd, *model.encode(x_lq), measure=True)
     adam = torch.optim.Adam(compensator.parameters(), cfg.lr, betas=(0.9, 0.999))
     compensator, adam = acc.prepare(compensator, adam)
@@ -702,7 +702,7 @@ def stage2(run, cfg: Stage2, benchmark: Benchmark, lpips: nn.Module) -> None:
                 common.print_gradients(acc, step, compensator, terms)
             # backward, clip, learning rate, step
             acc.backward(loss)
-            common.clip(acc, compensator, cfg.clip)
+            common.clip(acc, adam, cfg.clip)
             common.set_lr(adam, cfg.lr, step, cfg)
             adam.step()
             adam.zero_grad()

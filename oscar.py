@@ -39,6 +39,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import common  # before torch: how its threads wait
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,6 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import common
 from common import (SD, Crops, Discriminator, Settings, UserError, add_lora, frozen, load_trained, noise_for,
                     pad_to, rng, setting, to_image, to_tensor, torch_rng, whole)
 
@@ -371,9 +371,9 @@ def latents(acc, sd: SD, photos: Photos, cfg: Stage1, seed: int) -> tuple[list[T
     z, noise = [], []
     for rows in tqdm(own, "measuring", leave=False, disable=None):
         n, x = torch.utils.data.default_collate([photos[i] for i in rows.tolist()])
-        z_0 = sd.encode(x.to(acc.device)).float()  # (B, C, h, w)
-        z.append(z_0)
-        noise.append(noise_for(n, z_0.shape[1:], seed, "eps of G_sim").to(z_0.device))
+        with acc.autocast():
+            z.append(sd.encode(x.to(acc.device)).float())  # (B, C, h, w)
+        noise.append(noise_for(n, z[-1].shape[1:], seed, "eps of G_sim").to(acc.device))
     return z, noise
 
 
@@ -500,7 +500,7 @@ def stage1(run, cfg: Stage1) -> None:
                 common.print_gradients(acc, step, Qs, weighted)
             # backward, clip, learning rate, step
             acc.backward(loss)
-            common.clip(acc, all_rates, cfg.clip)
+            common.clip(acc, adam, cfg.clip)
             common.set_lr(adam, cfg.lr, step, cfg)
             adam.step()  # accelerate has it wait for the step's last batch, and zero_grad too
             adam.zero_grad()
@@ -576,7 +576,7 @@ def stage2(run, cfg: Stage2, cfg1: Stage1, dists: nn.Module) -> None:
                     common.print_gradients(acc, step, G, weighted)
                 acc.backward(loss)
             # G: clip, learning rate, step
-            common.clip(acc, G, cfg.clip)
+            common.clip(acc, opt_G, cfg.clip)
             common.set_lr(opt_G, cfg.lr, step, cfg)
             opt_G.step()
             opt_G.zero_grad()
@@ -585,7 +585,7 @@ def stage2(run, cfg: Stage2, cfg1: Stage1, dists: nn.Module) -> None:
                 fake, true = D(torch.cat([z_hat.detach(), z_0]), 0).chunk(2)  # (B, 1, ., .) each
                 l_D = loss_D(fake, true)
                 acc.backward(l_D)
-                common.clip(acc, D, cfg.clip)
+                common.clip(acc, opt_D, cfg.clip)
                 common.set_lr(opt_D, cfg.lr_D, step, cfg)
                 opt_D.step()
                 opt_D.zero_grad()

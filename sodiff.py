@@ -31,12 +31,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import common  # before torch: how its threads wait
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-import common
 from common import (SD, Crops, Discriminator, Settings, UserError, frozen, jpeg, load_trained, noise_for,
                     pad_to, rng, setting, to_image, to_tensor, whole)
 
@@ -495,7 +495,7 @@ def stage1(run, cfg: Stage1) -> None:
                 common.print_gradients(acc, step, saipe, weighted)
             # backward, clip, learning rate, step
             acc.backward(loss)
-            common.clip(acc, saipe, cfg.clip)
+            common.clip(acc, adam, cfg.clip)
             common.set_lr(adam, cfg.lr, step, cfg)
             adam.step()  # accelerate has it wait for the step's last batch, and zero_grad too
             adam.zero_grad()
@@ -565,7 +565,7 @@ def stage2(run, cfg: Stage2, dists: nn.Module) -> None:
                     common.print_gradients(acc, step, G, weighted)
                 acc.backward(loss)
             # G: clip, learning rate, step
-            common.clip(acc, G, cfg.clip)
+            common.clip(acc, opt_G, cfg.clip)
             common.set_lr(opt_G, cfg.lr, step, cfg)
             opt_G.step()
             opt_G.zero_grad()
@@ -579,7 +579,7 @@ def stage2(run, cfg: Stage2, dists: nn.Module) -> None:
                 fake, true = D(z, t.repeat(2), e_img.detach().repeat(2, 1, 1), noise).chunk(2)
                 l_D = loss_D(fake, true)
                 acc.backward(l_D)
-                common.clip(acc, D, cfg.clip)
+                common.clip(acc, opt_D, cfg.clip)
                 common.set_lr(opt_D, cfg.lr_D, step, cfg)
                 opt_D.step()
                 opt_D.zero_grad()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 import sys
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Semaphore
 
 import torch
 from PIL import Image
@@ -191,17 +194,38 @@ def reason(error: Exception, file: Path) -> str:
     return f"{file}: failed ({type(error).__name__}: {text})"
 
 
-def each_file(pairs: list[tuple[Path, Path]], what: str, work) -> None:
-    """work(input, output) -> remark for each pair. A bad file is named, the rest goes on, then it fails."""
-    bad = 0
-    for file, target in tqdm(pairs, what, disable=None if len(pairs) > 1 else True):
+def each_file(pairs: list[tuple[Path, Path]], what: str, work, at_once: int = 1) -> None:
+    """work(input, output, turn) -> remark for each pair, by threads: some read and write, while `at_once` of
+    them, which share the cores, have their `turn` at the networks. What comes of it is told in order. A bad
+    file is named, the rest goes on, then it fails."""
+    turn = Semaphore(at_once)
+    busy: set[int] = set()  # threads
+
+    def watched(file: Path, target: Path) -> str:
+        busy.add(threading.get_ident())
         try:
-            tqdm.write(f"{target}  ({work(file, target)})")
-        except Exception as error:  # whatever it is, it ends this file alone
-            if len(pairs) == 1:
-                raise UserError(reason(error, file)) from None
-            bad += 1
-            note(f"skipped: {reason(error, file)}")
+            return work(file, target, turn)
+        finally:
+            busy.discard(threading.get_ident())
+    bad = 0
+    cores = max(1, torch.get_num_threads() // min(at_once, len(pairs)))
+    pool = ThreadPoolExecutor(min(at_once + 2, len(pairs)), "", torch.set_num_threads, (cores,))
+    try:
+        jobs = [pool.submit(watched, *pair) for pair in pairs]
+        for (file, target), job in tqdm(zip(pairs, jobs), what, len(pairs),
+                                        disable=None if len(pairs) > 1 else True):
+            try:
+                tqdm.write(f"{target}  ({job.result()})")
+            except Exception as error:  # whatever it is, it ends this file alone
+                if len(pairs) == 1:
+                    raise UserError(reason(error, file)) from None
+                bad += 1
+                note(f"skipped: {reason(error, file)}")
+    finally:
+        end_thread = ctypes.pythonapi.PyThreadState_SetAsyncExc  # Ctrl-C reaches the main thread alone
+        for thread in busy.copy():
+            end_thread(ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt))
+        pool.shutdown(cancel_futures=True)
     if bad:
         raise UserError(f"{what}: {bad} of {len(pairs)} files could not be done; the others are")
 

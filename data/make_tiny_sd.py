@@ -273,7 +273,8 @@ def stage1(run, cfg: Stage1, vae: AutoencoderKL, val: list[Tensor]) -> None:
                 common.print_gradients(acc, step, vae, weighted)
             # backward, clip, learning rates, steps
             acc.backward(loss)
-            common.clip(acc, vae, cfg.clip)
+            if cfg.clip and acc.sync_gradients:
+                acc.clip_grad_norm_(vae.parameters(), cfg.clip)
             common.set_lr(muon, cfg.lr, step, cfg)
             common.set_lr(adam, cfg.lr_adam, step, cfg)
             muon.step()
@@ -472,7 +473,8 @@ def stage2(run, cfg: Stage2, vae: AutoencoderKL, photos: list[np.ndarray], names
                 common.print_gradients(acc, step, model, weighted)
             # backward, clip, learning rates, steps
             acc.backward(loss)
-            common.clip(acc, model, cfg.clip)
+            if cfg.clip and acc.sync_gradients:
+                acc.clip_grad_norm_(model.parameters(), cfg.clip)
             common.set_lr(muon, cfg.lr, step, cfg)
             common.set_lr(adam, cfg.lr_adam, step, cfg)
             muon.step()

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import common
 from common import PHOTOS, TINY_SD, Settings, device, load_trained, trained
+from data import speed
 from data.files import (ROOT, SHIPPED, UserError, append, atomic, in_repo, leave_ctrl_c_to_the_parent,
                         list_files, list_images, load_part, load_tensors, note, outputs, read_json,
                         save_tensors, write_json)
@@ -154,14 +154,16 @@ class Run:
         `some_unused`: a step may leave parameters out, which processes must know; `float32`: never bf16."""
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.utils import AutocastKwargs
-        precision = "bf16" if common.INFERENCE_DTYPE == torch.bfloat16 else "no"  # one a process
+        on, kind = device().type, speed.dtype()
+        precision = "no" if kind is torch.float32 else speed.name_of(kind)  # one a process
+        speed.for_training(modules.values(), on, kind)
         options = [DistributedDataParallelKwargs(find_unused_parameters=some_unused),
                    AutocastKwargs(enabled=not float32)]
-        self.acc = Accelerator(mixed_precision=precision, cpu=device().type == "cpu",
+        self.acc = Accelerator(mixed_precision=precision, cpu=on == "cpu",
                                gradient_accumulation_steps=cfg.accumulate, kwargs_handlers=options)
         self.cfg, self.last = cfg, self.folder / "last" / f"stage{cfg.number}.safetensors"
         self.values, self.smooth = {}, {}  # of a step's micro-batches; for the bar
-        where = f"{device().type} x {self.acc.num_processes}, precision {'float32' if float32 else precision}"
+        where = f"{on} x {self.acc.num_processes}, precision {'float32' if float32 else precision}"
         self.acc.print(f"\nstage {cfg.number} on {where}\n ", *(f" {k}={v}" for k, v in asdict(cfg).items()))
         for name, m in modules.items():
             total = sum(p.numel() for p in m.parameters()) / 1e6
@@ -179,6 +181,9 @@ class Run:
         for name, optimizer in optimizers.items() if state else ():
             moments = {int(i): m for i, m in state["optimizers"].get(name, {}).items()}
             optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+        if self.acc.scaler and "scaler" in state:
+            self.acc.scaler.load_state_dict({k: v.item() for k, v in state["scaler"].items()})
+        speed.compile_for(self.cfg.steps - header["step"], [*self.modules.values()], self.acc.device.type)
         once(keep_rows, self.folder / "log.jsonl", self.cfg.number, header["step"])
         return header["step"]
 
@@ -221,7 +226,8 @@ class Run:
         done = step + 1
         if self.acc.sync_gradients and (done % self.cfg.save_every == 0 or done == self.cfg.steps):
             state = {"modules": {k: trained(m) for k, m in self.modules.items()},
-                     "optimizers": {k: o.state_dict()["state"] for k, o in self.optimizers.items()}}
+                     "optimizers": {k: o.state_dict()["state"] for k, o in self.optimizers.items()},
+                     "scaler": self.acc.scaler.state_dict() if self.acc.scaler else {}}  # float16's
             once(save_tensors, self.last, state, step=done)
 
     def finish(self, module: nn.Module, beside: dict | None = None, **header) -> None:
@@ -299,6 +305,7 @@ class CommandLine(argparse.ArgumentParser):
         p.add_argument("--base", help="diffusers folder or hub id (default: data/tiny-sd, or the paper's)")
         p.add_argument("--out", type=Path, default=ROOT / "runs" / self.prog[:-3], help="the run's folder")
         p.add_argument("--seed", type=int, default=0)
+        p.speed_flags()
         p.add_argument("--resume", action="store_true", help="continue the run in --out")
         p.add_argument("--overwrite", action="store_true", help="delete the run in --out and start anew")
         for stage in stages:
@@ -316,8 +323,9 @@ class CommandLine(argparse.ArgumentParser):
 
     def restore(self, restorer) -> CommandLine:
         """restorer(args) -> restore; restore(image) -> (image, remark)."""
-        p = self.command("restore", "restore images",
-                         lambda args: restore_files(outputs(args.input, args.output), restorer(args)))
+        def run(args):
+            restore_files(outputs(args.input, args.output), restorer(args), tiled=args.tile is not None)
+        p = self.command("restore", "restore images", run)
         p.add_argument("input", nargs="+", help="images, or folders of images")
         p.add_argument("-o", "--output", type=Path, default="restored", help="a folder, or one image's .png")
         return p
@@ -325,7 +333,8 @@ class CommandLine(argparse.ArgumentParser):
     def codec(self, suffix: str, compressor, decompressor) -> tuple[CommandLine, CommandLine]:
         """Two commands: compressor(args) -> compress(image) -> bytes, decompressor(args) -> the way back."""
         def compress(args):
-            compress_files(outputs([args.input], args.output, suffix), compressor(args))
+            pairs = outputs([args.input], args.output, suffix)
+            compress_files(pairs, compressor(args), tiled=args.tile is not None)
 
         def decompress(args):
             found = functools.partial(list_files, suffix=suffix)
@@ -345,6 +354,18 @@ class CommandLine(argparse.ArgumentParser):
                           help="a run's folder (default: your last run's, or the weights that ship)")
         self.add_argument("--base", help="the base it was trained on: folder, hub id (default: as recorded)")
         self.add_argument("--tile", type=int, metavar="PX", help="work in windows of PX x PX pixels")
+        self.speed_flags()
+
+    def speed_flags(self) -> None:
+        self.add_argument("--precision", choices=speed.PRECISIONS, help="default: the device's fastest")
+        self.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                          help="networks as compiled graphs; pays from some thousand pictures of one size "
+                               "(default: in training on CUDA, for 1000 steps or more)")
+
+    def parse_args(self, argv=None, namespace=None) -> argparse.Namespace:
+        args = super().parse_args(argv, namespace)
+        speed.choose(args)
+        return args
 
     def start(self, argv: list[str] | None) -> None:
         """Without argv from the shell, where a mistake is one line."""

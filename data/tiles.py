@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Whole, whole
-from data.files import UserError
+from common import Whole, device, whole
+from data.files import UserError, note
+
+METAL = 768  # pixels a side: for the attention of larger windows Apple's GPUs allow no matrix
 
 
 def untiled(size: tuple[int, int], cell: int | None = None) -> Whole:
@@ -20,6 +22,10 @@ def untiled(size: tuple[int, int], cell: int | None = None) -> Whole:
 
 def tiling(model: nn.Module, tile: int | None):
     """`untiled`; with --tile its like, (a picture's size, cell) -> Tiles of so many pixels a side."""
+    if device().type == "mps" and (tile is None or tile > METAL):
+        if tile:
+            note(f"--tile {tile}: on this device at most {METAL}; goes on with that")
+        tile = METAL
     if tile is None:
         return untiled
     if tile < 4 * model.stride or tile % model.stride:

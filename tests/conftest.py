@@ -16,10 +16,13 @@ from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what the tests compare bit for bit is so on CPUs alone
 
+import data  # noqa: F401  (before torch)
+import accelerate
 import lpips
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 
 from common import PHOTOS
 from data.files import load_tensors
@@ -155,6 +158,20 @@ def refused(capsys, monkeypatch):
         assert end.value.code == 2 and "Traceback" not in said
         return said.strip().splitlines()[-1]
     return line
+
+
+class AnywhereHalf(accelerate.Accelerator):
+    """accelerate's Accelerator, which allows float16 on GPUs alone."""
+
+    growth_interval = 3
+
+    def __init__(self, mixed_precision="no", **more):
+        if half := mixed_precision == "fp16":
+            AcceleratorState._reset_state()
+        super().__init__(mixed_precision="no" if half else mixed_precision, **more)
+        if half:
+            self.state._mixed_precision, self.native_amp = "fp16", True
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=self.growth_interval)
 
 
 class Parsed(Exception):

@@ -1,19 +1,21 @@
-"""CUDA's path on the CPU: training under bf16 autocast and inference in bf16, against float32."""
+"""CUDA's path on the CPU: training under autocast and inference in half precision, against float32."""
 
 import importlib
 from functools import partial
 
+import accelerate
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
 import common
-from conftest import CAT, SCRIPTS, rows_of, train_args
+from conftest import CAT, SCRIPTS, AnywhereHalf, rows_of, train_args
+from data import speed
 from data.runs import Run
 from data.tiles import Tiles, untiled
 
-DTYPES = torch.float32, torch.bfloat16
+DTYPES = torch.float32, torch.bfloat16, torch.float16
 STAGES = ["--s1-steps", 2, "--s2-steps", 2, "--s1-accumulate", 2, "--s2-accumulate", 2]
 # Rounding gives 1 to 3 of OSCAR's 64 positions another code, hence its larger crop.
 FLAGS = {"codiff": ["--s2-checkpointing", "--s1-widths", "16,16,24,32"], "sodiff": ["--s2-checkpointing"],
@@ -26,7 +28,7 @@ LEVELS = {"oscar": 5.0}  # of 255, on average, between pictures of the same weig
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
-def trained_twice(request, tmp_path_factory):
+def trained_thrice(request, tmp_path_factory):
     """(script, {dtype: folder of a run of 2 + 2 steps})."""
     script, folders = importlib.import_module(request.param), {}
     photos = tmp_path_factory.mktemp("photos")
@@ -35,7 +37,8 @@ def trained_twice(request, tmp_path_factory):
     for dtype in DTYPES:
         folders[dtype] = tmp_path_factory.mktemp(request.param) / "run"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(common, "INFERENCE_DTYPE", dtype)
+            patch.setattr(speed, "dtype", lambda: dtype)
+            patch.setattr(accelerate, "Accelerator", AnywhereHalf)
             patch.setattr(Run, "evaluate", lambda *_: None)
             patch.setattr(common, "print_gradients", lambda *_: None)
             AcceleratorState._reset_state()  # a process of its own keeps its precision
@@ -45,9 +48,10 @@ def trained_twice(request, tmp_path_factory):
     return script, folders
 
 
-def test_training_under_autocast_follows_float32(trained_twice):
-    script, folders = trained_twice
-    exact, low = map(rows_of, folders.values())
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_training_under_autocast_follows_float32(trained_thrice, dtype):
+    script, folders = trained_thrice
+    exact, low = rows_of(folders[torch.float32]), rows_of(folders[dtype])
     assert [(row["stage"], row["step"]) for row in low] == [(1, 0), (1, 1), (2, 0), (2, 1)]
     for a, b in zip(exact, low):
         rel, own = LOSSES * (1 if a["step"] == 0 else 10), {k: v for k, v in a.items() if "@" not in k}
@@ -57,10 +61,11 @@ def test_training_under_autocast_follows_float32(trained_twice):
 
 
 @pytest.mark.parametrize("tile", [None, 128])
-def test_inference_in_bf16_follows_float32(trained_twice, tile, monkeypatch):
-    (script, folders), photo, pictures = trained_twice, common.jpeg(CAT.crop((100, 60, 270, 110)), 10), []
-    for dtype in DTYPES:
-        monkeypatch.setattr(common, "INFERENCE_DTYPE", dtype)
+@pytest.mark.parametrize("half", DTYPES[1:])
+def test_inference_in_half_precision_follows_float32(trained_thrice, half, tile, monkeypatch):
+    (script, folders), photo, pictures = trained_thrice, common.jpeg(CAT.crop((100, 60, 270, 110)), 10), []
+    for dtype in (torch.float32, half):
+        monkeypatch.setattr(speed, "dtype", lambda: dtype)
         model = script.load(folders[torch.float32])
         assert next(model.sd.unet.parameters()).dtype == dtype and model.sd.alpha_bar.dtype == torch.float32
         tiles_for = partial(Tiles, model, tile=tile) if tile else untiled

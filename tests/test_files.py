@@ -202,7 +202,7 @@ def test_one_files_failure_of_whatever_kind_ends_that_file(tmp_path, capsys):
                 "e": UserError("memory.png: not an image")}
     done = []
 
-    def work(file, target):
+    def work(file, target, turn):
         if failures[file.name]:
             raise failures[file.name]
         done.append(file.name)

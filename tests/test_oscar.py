@@ -623,7 +623,7 @@ def test_profile_counts_the_papers_model_and_times_hyper_encoders_as_inference_h
     rows = {line.split()[0]: line.split()[2:6] for line in said.splitlines() if " bpp " in line}
     assert rows["0.0019"] == ["8", "256", "16.57", "M"] and rows["0.1250"] == ["1", "256", "7.41", "M"]
     seen, parts = [], measures.parts
-    monkeypatch.setattr(common, "INFERENCE_DTYPE", torch.bfloat16)
+    monkeypatch.setattr(speed, "dtype", lambda: torch.bfloat16)
     monkeypatch.setattr(complexity, "seconds", lambda call: call() is None or 1.0)
     monkeypatch.setattr(measures, "parts", lambda G, x, r: seen.append(
         (x.device.type, G.sd.unet.dtype, {p.dtype for p in G.hyper_encoders.parameters()})) or parts(G, x, r))

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import common
 from common import SD, TINY_SD, device
+from data import speed
 from data.files import ROOT, UserError
 from data.results.tables import paper, peak_memory, plural, text_table
 from data.runs import CommandLine, name_of
@@ -118,7 +119,7 @@ def print_times(build, parts, size: tuple[int, int], steps: tuple[int, ...], ful
     name = f"{where.type}, {torch.get_num_threads()} threads"
     if where.type == "cuda":
         name = torch.cuda.get_device_name()
-    print(f"\n{name}, {str(common.INFERENCE_DTYPE)[6:]}, random weights")
+    print(f"\n{name}, {speed.name_of(speed.dtype())}, random weights")
     print(text_table(["", "ms", "TFLOP/s"], table) + f"\npeak memory: {peak_memory()}")
     for n in steps:
         print(f"{plural(n, 'step')}: {in_steps(n, {name: s for name, (s, _) in timings.items()}):.2f} s")

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import device, rng, to_tensor
+from data import speed
 from data.files import UserError, list_images, note, read_json, write_json
 from data.make_cir import LEVELS, RANGE, TRAINED, Task, available, compress, matched, parse_tasks, task_name
 from data.pictures import read_image
@@ -175,6 +176,7 @@ def codec_means(results: dict, rows: list[str]) -> tuple[dict, dict]:
 
 
 @torch.inference_mode()
+@speed.autocast()
 def print_latent_errors(model, data: list[Path], tasks: list[Task]) -> dict[str, float]:
     """Prints and returns for each codec, at the first of its `tasks`, the squared error of z_0 after one step
     to the original's latent, as a multiple of z_lq's own: below 1 stage 1 helps. Of 256 x 256 pixels in the
