@@ -222,10 +222,11 @@ def each_file(pairs: list[tuple[Path, Path]], what: str, work, at_once: int = 1)
                 bad += 1
                 note(f"skipped: {reason(error, file)}")
     finally:
+        pool.shutdown(wait=False, cancel_futures=True)
         end_thread = ctypes.pythonapi.PyThreadState_SetAsyncExc  # Ctrl-C reaches the main thread alone
         for thread in busy.copy():
             end_thread(ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt))
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown()
     if bad:
         raise UserError(f"{what}: {bad} of {len(pairs)} files could not be done; the others are")
 

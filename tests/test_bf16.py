@@ -43,6 +43,7 @@ def trained_thrice(request, tmp_path_factory):
             patch.setattr(common, "print_gradients", lambda *_: None)
             AcceleratorState._reset_state()  # a process of its own keeps its precision
             more = [*STAGES, *FLAGS[request.param], "--data", photos]
+            more += ["--s2-steps", 1] * (dtype is torch.float16)  # CPUs are slow at it
             script.main(train_args(request.param, folders[dtype], photos, *more))
     AcceleratorState._reset_state()
     return script, folders
@@ -52,7 +53,8 @@ def trained_thrice(request, tmp_path_factory):
 def test_training_under_autocast_follows_float32(trained_thrice, dtype):
     script, folders = trained_thrice
     exact, low = rows_of(folders[torch.float32]), rows_of(folders[dtype])
-    assert [(row["stage"], row["step"]) for row in low] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    steps = [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [(row["stage"], row["step"]) for row in low] == steps[:len(steps) - (dtype is torch.float16)]
     for a, b in zip(exact, low):
         rel, own = LOSSES * (1 if a["step"] == 0 else 10), {k: v for k, v in a.items() if "@" not in k}
         assert {k: pytest.approx(v, rel=rel, abs=3e-3 if k in COSINES else 1e-4) for k, v in own.items()} == {

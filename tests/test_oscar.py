@@ -1,5 +1,6 @@
 """oscar.py, equation by equation: hyper-encoders, mapping, losses, the file format; then what is measured."""
 
+import contextlib
 import io
 import json
 import math
@@ -21,7 +22,7 @@ import oscar
 from common import PHOTOS, SD, TINY_SD, Discriminator, dists_small, frozen, load_trained, rng, to_tensor
 from conftest import (CAT, alpha_bars, are_binary_cross_entropy, before_stage_2, moved_by, rows_of, said_by,
                       tops, train_args)
-from data import make_cir
+from data import make_cir, speed
 from data.files import UserError, load_tensors, save_tensors
 from data.pictures import read_image
 from data.results import complexity, evaluate
@@ -197,7 +198,8 @@ def test_eqs_9_to_13_find_the_timestep_of_a_true_diffusion_state_and_eq_11_its_n
 
 
 def latents(sd, cfg, rank=0, processes=1):
-    acc = SimpleNamespace(process_index=rank, num_processes=processes, device=torch.device("cpu"))
+    acc = SimpleNamespace(process_index=rank, num_processes=processes, device=torch.device("cpu"),
+                          autocast=contextlib.nullcontext)
     return oscar.latents(acc, sd, Photos([PHOTOS / "train"], cfg, 64, 0), cfg, 0)
 
 
