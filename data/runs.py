@@ -243,6 +243,7 @@ class Run:
     def evaluate(self, *options: str) -> None:
         if self.acc.is_main_process:
             options += ("--data", *self.args.val) if self.args.val else ()
+            options += ("--precision", self.args.precision) if self.args.precision else ()
             tool("eval", self.args.script, "--weights", self.folder, "--base", self.base, *options)
 
 

@@ -98,6 +98,7 @@ def for_inference(model: nn.Module, on: str) -> None:
         from torch.nn.attention import sdpa_kernel
         order = [Kernel.CUDNN_ATTENTION, Kernel.FLASH_ATTENTION, Kernel.EFFICIENT_ATTENTION, Kernel.MATH]
         KERNELS.enter_context(sdpa_kernel(order, set_priority=True))
+    torch.backends.cudnn.benchmark = False  # pictures come in all sizes
     if compiled:
         compile_networks([model], on)
 
