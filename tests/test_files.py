@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from data.captions import read_captions
 from data.files import UserError, atomic, each_file, list_images, outputs, write_json
-from data.pictures import read_image, restore_files
+from data.pictures import ADOBE_RGB, read_image, restore_files
 from data.runs import run_cli
 
 COLOUR = Image.new("RGB", (24, 16), (200, 20, 20))
@@ -67,20 +67,24 @@ TO_XYZ = {  # D50
 
 
 def profile_of(matrix, gamma: float) -> bytes:
-    """A minimal ICC profile (version 2): three primaries and one exponent."""
+    """A minimal ICC profile (version 2): three primaries, none for grey, and one exponent."""
     def number(v):
         return struct.pack(">i", round(v * 65536))
     tags = {b"wtpt": b"XYZ \0\0\0\0" + b"".join(map(number, (0.9642, 1.0, 0.8249))),
             b"desc": b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + bytes(78), b"cprt": b"text\0\0\0\0x\0"}
-    for i, c in enumerate((b"r", b"g", b"b")):
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
+    for i, c in enumerate((b"r", b"g", b"b") if matrix else ()):
         tags[c + b"XYZ"] = b"XYZ \0\0\0\0" + b"".join(number(row[i]) for row in matrix)
-        tags[c + b"TRC"] = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
+        tags[c + b"TRC"] = curve
+    tags |= {} if matrix else {b"kTRC": curve}
     table, body, start = b"", b"", 128 + 4 + 12 * len(tags)
     for name, content in tags.items():
         content += bytes(-len(content) % 4)
         table += name + struct.pack(">II", start + len(body), len(content))
         body += content
-    head = struct.pack(">I", start + len(body)) + bytes(4) + b"\x02\x10\0\0mntrRGB XYZ " + bytes(12) + b"acsp"
+    space = b"RGB " if matrix else b"GRAY"
+    head = struct.pack(">I", start + len(body)) + bytes(4) + b"\x02\x10\0\0mntr" + space + b"XYZ "
+    head += bytes(12) + b"acsp"
     head += bytes(28) + b"".join(map(number, (0.9642, 1.0, 0.8249))) + bytes(48)
     return head + struct.pack(">I", len(tags)) + table + body
 
@@ -107,14 +111,150 @@ def test_a_colour_profile_is_converted_to_srgb(tmp_path, name):
     (np.linspace(0, 1, 64, dtype=np.float32), 255), (np.linspace(0, 255, 64, dtype=np.float32), 255),
     (np.float32([*np.linspace(0, 1, 639), 1.02]), 255), (np.float32([*np.linspace(0, 1, 639), np.inf]), 255),
     (np.float32([*np.linspace(0, 1, 639), np.nan]), 255),  # one odd pixel changes nothing
-    (np.full(64, 255, np.uint16), 1), (np.full(64, 65535, np.uint16), 255), (np.full(64, 100, np.int32), 0)])
+    (np.full(64, 255, np.uint16), 1), (np.full(64, 65535, np.uint16), 255),
+    (np.float32([*np.linspace(0, 1, 639), -0.02]), 255),
+    (np.float32([*np.linspace(0, 1, 639), -np.inf]), 255),
+    (np.linspace(0, 60000, 64, dtype=np.float32), 60000 // 257)])
 def test_ranges_of_float_and_16_bit_greys_are_known(tmp_path, a, expected):
     rgb = np.asarray(read_image(saved(tmp_path, "a.tif", Image.fromarray(a[None])))[0], int)
     assert rgb.max() == expected and (len(np.unique(rgb)) > 30) == (a.dtype == np.float32)
 
 
+def tiff(bits: int, kind: int, content: bytes, size=(8, 1), photometric: int = 1) -> bytes:
+    """An uncompressed grey TIFF; `kind`: 1 for unsigned integers, 2 signed, 3 floats."""
+    tags = {256: size[0], 257: size[1], 258: bits, 259: 1, 262: photometric, 273: 134, 277: 1, 278: size[1],
+            279: len(content), 339: kind}
+    table = b"".join(struct.pack("<HHII", k, 4, 1, v) for k, v in tags.items())
+    return (b"II*\0" + struct.pack("<IH", 8, len(tags)) + table + bytes(4)).ljust(134, b"\0") + content
+
+
+@pytest.mark.parametrize("content, says", [
+    (tiff(32, 3, np.linspace(-1, 1, 8, dtype="<f4").tobytes()), "floats from about -0.98 to 0.98"),
+    (tiff(32, 3, np.linspace(0, 4095, 8, dtype="<f4").tobytes()), "floats from about 41 to"),  # of 12 bits?
+    (tiff(32, 3, np.full(8, np.nan, "<f4").tobytes()), None),
+    (tiff(32, 3, np.ones(8, "<f4").tobytes()), None),
+    (tiff(32, 2, np.arange(8, dtype="<i4").tobytes()), "signed or 32-bit"),
+    (tiff(32, 1, np.full(8, 2**31, "<u4").tobytes()), "signed or 32-bit"),
+    (tiff(16, 2, np.arange(8, dtype="<i2").tobytes()), "signed or 32-bit"),
+    (tiff(8, 2, bytes(8)), "signed or 32-bit")])
+def test_a_range_that_the_file_does_not_tell_is_refused_in_one_line(tmp_path, content, says):
+    (tmp_path / "a.tif").write_bytes(content)
+    if says is None:
+        assert read_image(tmp_path / "a.tif")[0].size == (8, 1)
+    else:
+        with pytest.raises(UserError, match=f"a.tif: {says}.*save it with 8 or 16 bits"):
+            read_image(tmp_path / "a.tif")
+
+
+def test_what_the_file_tells_of_its_range_is_taken(tmp_path):
+    """12 bits reach to 4095; a TIFF may begin at white; a PGM says where it ends."""
+    twelve = b"".join(bytes([v >> 4, (v & 15) << 4 | v >> 8, v & 255]) for v in (0, 2048, 4095, 4095))
+    for name, content, want in (
+            ("12.tif", tiff(12, 1, twelve), [0, 0, 128, 128, 255, 255, 255, 255]),
+            ("white.tif", tiff(16, 1, bytes(14) + b"\xff\xff", photometric=0), [255] * 7 + [0]),
+            ("10.pgm", b"P5 3 1 1023 " + bytes([0, 0, 2, 0, 3, 255]), [0, 128, 255])):
+        (tmp_path / name).write_bytes(content)
+        assert np.asarray(read_image(tmp_path / name)[0])[0, :, 0].tolist() == want, name
+
+
 def png_chunk(name: bytes, content: bytes = b"") -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png(bits: int, rows: list[bytes], clear: tuple[int, ...]) -> bytes:
+    """A PNG, grey or of three channels, with one transparent value."""
+    head = struct.pack(">IIBBBBB", 2, len(rows), bits, 2 if len(clear) == 3 else 0, 0, 0, 0)
+    chunks = {b"IHDR": head, b"tRNS": struct.pack(f">{len(clear)}H", *clear),
+              b"IDAT": zlib.compress(b"".join(b"\0" + row for row in rows)), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks.items())
+
+
+@pytest.mark.parametrize("content, left", [
+    (png(16, [struct.pack(">2H", 22359, 40000)], (22359,)), 87),
+    (png(16, [struct.pack(">2H", 1, 2)], (1,)), 0),
+    (png(8, [bytes([90, 7])], (90,)), 90), (png(4, [bytes([0x5f])], (5,)), 85), (png(2, [b"\x60"], (1,)), 85),
+    (png(1, [b"\x40"], (0,)), 0), (png(8, [bytes([1, 2, 3, 4, 5, 6])], (1, 2, 3)), 1),
+    (png(16, [struct.pack(">6H", 22359, 1, 2, 40000, 5, 6)], (22359, 1, 2)), 87)])
+def test_a_transparent_value_becomes_alpha_in_every_depth(tmp_path, content, left):
+    (tmp_path / "a.png").write_bytes(content)
+    rgb, alpha = read_image(tmp_path / "a.png")
+    assert np.asarray(alpha).tolist() == [[0, 255]] and rgb.getpixel((0, 0))[0] == left
+    assert read_image(tmp_path / "a.png", on_white=True)[0].getpixel((0, 0)) == (255, 255, 255)
+
+
+def ifd(entries, then: bytes = b"") -> bytes:
+    """An EXIF directory of (tag, type, count, value), as no library writes it, and what lies behind."""
+    table = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3].ljust(4, b"\0") for entry in entries)
+    return struct.pack("<H", len(entries)) + table + bytes(4) + then
+
+
+def exif(*entries, then: bytes = b"") -> bytes:
+    return b"Exif\0\0II*\0" + struct.pack("<I", 8) + ifd(sorted(entries), then)
+
+
+ODD = [(256, 5, 1, b"\x1a"), (257, 9, 1, struct.pack("<i", -3)), (270, 99, 1, b"\xff"),
+       (282, 5, 2, b"\xff\xff")]  # a width as a rational, a negative height, no type, an end too early
+
+
+@pytest.mark.parametrize("odd", [[], ODD[:1], ODD[1:2], ODD])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_picture_is_set_upright_by_one_tag_whatever_the_others_are(tmp_path, kind, odd):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2, 3, 3)).astype(np.uint8))
+    image = image.resize((24, 16))
+    a = np.asarray(image, int)
+    turned = [a, a[:, ::-1], a[::-1, ::-1], a[::-1], a.swapaxes(0, 1), np.rot90(a, -1),
+              a[::-1, ::-1].swapaxes(0, 1), np.rot90(a)]
+    for orientation, want in enumerate(turned, 1):
+        told = exif(*odd, (0x0112, 3, 1, bytes([orientation, 0])))
+        if kind == "TIFF":
+            told = Image.Exif()
+            told[0x0112] = orientation
+        picture = saved(tmp_path, f"{orientation}.{kind.lower()}", image, format=kind, exif=told)
+        got = np.asarray(read_image(picture)[0], int)
+        assert got.shape == want.shape and np.abs(got - want).mean() < 12, orientation
+
+
+@pytest.mark.parametrize("space, interop, converted", [
+    (65535, b"R03\0", True), (2, None, True), (65535, b"R98\0", False), (1, b"R03\0", False),
+    (65535, None, False), (None, b"R03\0", True)])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_cameras_say_adobe_rgb_without_a_profile(tmp_path, kind, space, interop, converted):
+    own, start = [(0xA001, 3, 1, struct.pack("<H", space))] if space else [], 8 + 18
+    if interop:
+        own.append((0xA005, 4, 1, struct.pack("<I", start + 6 + 12 * (len(own) + 1))))
+    told = exif((34665, 4, 1, struct.pack("<I", start)),
+                then=ifd(own, ifd([(1, 2, 4, interop)]) if interop else b""))
+    quality = {} if kind == "PNG" else {"quality": 100}
+    plain, icc, got = (read_image(saved(tmp_path, f"a.{kind.lower()}", **quality, **more))[0]
+                       for more in ({}, {"icc_profile": ADOBE_RGB.read_bytes()}, {"exif": told}))
+    assert np.array_equal(got, icc if converted else plain) and not np.array_equal(icc, plain)
+    assert ADOBE_RGB.read_bytes() == profile_of(TO_XYZ["Adobe RGB"], 563 / 256)
+
+
+def test_every_mode_has_its_profile_converted(tmp_path):
+    """As RGB has: palettes, with and without alpha; greys by grey profiles; LAB has its own meaning."""
+    profile = profile_of(TO_XYZ["Adobe RGB"], 2.2)
+    want = np.asarray(read_image(saved(tmp_path, "rgb.png", icc_profile=profile))[0], int)
+    assert np.abs(want - np.asarray(COLOUR)).max() > 20
+    alpha = Image.linear_gradient("L").resize(COLOUR.size)
+    for name, kind in (("p.png", "P"), ("p.tif", "P"), ("rgba.png", "RGBA"), ("rgba.tif", "RGBA"),
+                       ("pa.tif", "PA")):
+        image = COLOUR.quantize(4) if kind[0] == "P" else COLOUR.convert(kind)
+        image = image.convert(kind)
+        if kind[-1] == "A":
+            image.putalpha(alpha)
+        got, own = read_image(saved(tmp_path, name, image, icc_profile=profile))
+        assert np.abs(np.asarray(got, int) - want).max() <= 2, name
+        assert (own is not None) == (kind[-1] == "A"), name
+    linear = profile_of(None, 1.0)
+    grey = Image.linear_gradient("L").resize((16, 16))
+    one, _ = read_image(saved(tmp_path, "l.png", grey, icc_profile=linear))
+    two, _ = read_image(saved(tmp_path, "la.png", grey.convert("LA"), icc_profile=linear))
+    assert np.array_equal(one, two) and np.asarray(one).mean() > np.asarray(grey).mean() + 30
+    lab = ImageCms.profileToProfile(COLOUR, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"),
+                                    outputMode="LAB")
+    got = np.asarray(read_image(saved(tmp_path, "lab.tif", lab))[0], int)
+    assert np.abs(got - np.asarray(COLOUR)).max() <= 4
 
 
 def test_every_failure_to_read_names_the_file(tmp_path):
