@@ -8,6 +8,7 @@ One process writes, and every file whole or not at all (of the log `resume` drop
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import importlib
 import json
@@ -33,6 +34,7 @@ from data.files import (ROOT, SHIPPED, UserError, append, atomic, in_repo, leave
 from data.pictures import compress_files, decompress_files, restore_files
 
 LOCKS: dict[Path, int] = {}
+LOCK = ".lock"  # a file's name; it stays, as another that has it open would go on with a deleted one
 
 
 def lock(folder: Path) -> None:
@@ -41,12 +43,14 @@ def lock(folder: Path) -> None:
         return
     import fcntl
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)  # for writing: NFS locks no other
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"{folder}: another training writes into it; wait for it, or name another") from None
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):  # the latter says a network drive of Windows
+            os.close(descriptor)
+            raise UserError(f"{folder}: another training writes into it; wait, or name another") from None
+        note(f"{folder}: this file system has no locks ({error.strerror}); let no other training write there")
     LOCKS[folder.resolve()] = descriptor
 
 
@@ -69,7 +73,7 @@ def open_folder(folder: Path, config: dict, resume: bool, overwrite: bool, stage
             raise UserError(f"--resume: {k} was {begun.get(k)}, but is {now} now; or name a new --out")
     lock(folder)
     torn = [*folder.glob(".*tmp*"), *folder.glob("*/.*tmp*")]  # by a kill in the middle of a write
-    for old in [*folder.iterdir()] if overwrite else torn:
+    for old in [p for p in folder.iterdir() if p.name != LOCK] if overwrite else torn:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     write_json(path, begun | config)
 

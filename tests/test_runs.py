@@ -1,5 +1,7 @@
 """A training of any script: its folder, its log, and that stopping, killing or sharing it changes nothing."""
 
+import errno
+import fcntl
 import importlib
 import json
 import math
@@ -41,8 +43,8 @@ def test_a_run_leaves_its_files_and_a_line_a_step(name, trained):
     stages = {f"{folder}/stage{n}.safetensors" for folder in ("last", "model") for n in (1, 2)}
     latents = {f for f in files if f.startswith("latents/")}  # MoE-DiffIR's cache
     assert len(latents) == (name == "moe_diffir")
-    assert files == latents | stages | BESIDE.get(name, set()) | {"config.json", "log.jsonl", "metrics.json",
-                                                                  "samples/eval.png"}
+    assert files == latents | stages | BESIDE.get(name, set()) | {".lock", "config.json", "log.jsonl",
+                                                                  "metrics.json", "samples/eval.png"}
     rows = rows_of(run.folder)
     assert [(row["stage"], row["step"]) for row in rows] == [(n, step) for n in (1, 2) for step in range(4)]
     assert all(math.isfinite(v) for row in rows for v in row.values())
@@ -160,7 +162,7 @@ def test_a_full_disk_loses_nothing(trained, photos, tmp_path):
     with full_disk(300), pytest.raises(UserError, match="(log.jsonl|config.json): cannot be written"):
         codiff.main([*args, "--resume"])
     codiff.main([*args, "--resume"])
-    assert [p.name for p in tmp_path.rglob(".*")] == []
+    assert [p.name for p in tmp_path.rglob(".*")] == [".lock"]
     assert rows_of(tmp_path / "run") == rows_of(trained("codiff").folder)[:4]
 
 
@@ -243,7 +245,7 @@ def test_what_the_first_of_two_processes_refuses_ends_both(tmp_path, two_process
     args = ["train", "--out", str(tmp_path / "run"), "--s1-steps", "1"]
     said = two_processes("codiff", args, codes=(2, 2))
     assert "another training writes into it" in said[0] and "Traceback" not in said[0] + said[1]
-    assert "another training" not in said[1] and not any((tmp_path / "run").iterdir())
+    assert "another training" not in said[1] and [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 # ---- the folder
@@ -262,7 +264,23 @@ def test_two_trainings_do_not_write_into_one_folder(tmp_path):
     assert in_another_process(tmp_path) == 0  # and its lock has died with it
     lock(tmp_path), lock(tmp_path)  # the same process may go on
     assert in_another_process(tmp_path) == 1 and in_another_process(tmp_path / "b") == 0
-    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "b"]
+
+
+@pytest.mark.parametrize("answer", [None, "EWOULDBLOCK", "EACCES", "ENOLCK", "ENOSYS", "EOPNOTSUPP", "EINVAL"])
+def test_any_file_system_locks_or_one_line_says_that_it_does_not(tmp_path, monkeypatch, capsys, answer):
+    """NFS (None) locks files opened for writing alone; others answer that they lock nothing."""
+    def flock(descriptor, operation):
+        if answer or fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(getattr(errno, answer or "EBADF"), answer)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    if answer in ("EWOULDBLOCK", "EACCES"):
+        with pytest.raises(UserError, match="another training writes into it"):
+            lock(tmp_path)
+    else:
+        lock(tmp_path)
+        told = capsys.readouterr().err
+        assert told.count("this file system has no locks") == (answer is not None) == told.count("\n")
 
 
 def test_each_stage_has_its_own_photographs_and_overwrite_begins_anew(tmp_path, no_evaluation):
