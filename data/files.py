@@ -121,8 +121,9 @@ def load_part(kind, base: str | Path, name: str, weights: bool = True):
         raise UserError(f"{base}: no {name} there ({why}); name a local diffusers folder") from None
 
 
-def read_model(weights: Path, script: str, stage: int = 2) -> tuple[dict[str, Tensor], dict]:
+def read_model(weights: str | Path, script: str, stage: int = 2) -> tuple[dict[str, Tensor], dict]:
     """(tensors, header) of a stage's result, if this script made it."""
+    weights = Path(weights)
     if weights.resolve() == SHIPPED / script and stage == 2:
         note(f"{in_repo(weights)}: the weights that ship with this program; {script}.py train makes others")
     path = weights / "model" / f"stage{stage}.safetensors"

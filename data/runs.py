@@ -201,7 +201,8 @@ class Run:
         sampler = ([*range(n, n + share)] for n in starts)
         samples = iter(loader(data, sampler, cfg, acc))
         self.bar = tqdm(range(first, cfg.steps), f"stage{cfg.number}", initial=first, total=cfg.steps,
-                        mininterval=0.2 if sys.stderr.isatty() else 20, disable=not acc.is_main_process)
+                        mininterval=0.2 if getattr(sys.stderr, "isatty", bool)() else 20,
+                        disable=not acc.is_main_process)
         for step in self.bar:
             for _ in range(cfg.accumulate):
                 yield step, [t.to(acc.device, non_blocking=True) for t in next(samples)]
@@ -385,7 +386,8 @@ class CommandLine(argparse.ArgumentParser):
 def run_cli(main) -> None:
     """Runs `main()`; what the user can mend becomes one line on stderr and exit code 2, no traceback."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot print
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")  # a name may hold what a terminal cannot print
     try:
         return main()
     except (UserError, OSError) as error:  # of the system, say of a folder that may not be read

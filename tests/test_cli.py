@@ -11,7 +11,7 @@ from PIL import Image
 import codiff
 import data.runs as runs
 from common import PHOTOS
-from conftest import CAT, SCRIPTS
+from conftest import CAT, SCRIPTS, train_args
 from data import caption, make_cir
 from data.files import UserError, load_tensors, save_tensors
 from data.pictures import read_image
@@ -273,6 +273,35 @@ def test_restore_takes_a_folder_of_any_sizes_and_kinds(name, tile, trained, tmp_
     if not tile:  # and a second time it is the same
         again = run.script.restore(run.model, read_image(source / "a.jpg")[0])
         assert np.array_equal(made["a"], again[0] if isinstance(again, tuple) else again)
+
+
+class Written:
+    """All that some streams can do, as those of notebooks and of programs with a window."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.usefixtures("no_evaluation")
+def test_what_is_printed_may_go_anywhere_and_paths_may_be_text(trained, photos, tmp_path, monkeypatch):
+    """`%run codiff.py ...` in a notebook, and what its next cells do."""
+    run, stream = trained("codiff"), Written()
+    picture = Image.open(photos / "cat.png")
+    for args in (use("codiff", photos, tmp_path / "out", "--weights", run.folder),
+                 train_args("codiff", tmp_path / "run", photos, "--stage", 1, "--s1-steps", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stdout", stream), patch.setattr("sys.stderr", stream)
+            patch.setattr("sys.argv", ["codiff.py", *args])
+            codiff.main()
+    assert all(said in stream.text for said in ("cat.png  (133 x 91)", "stage 1 on cpu", "stage1: 100%"))
+    again = codiff.restore(codiff.load(str(run.folder)), picture)
+    assert np.array_equal(again, Image.open(tmp_path / "out" / "cat.png"))
 
 
 def test_a_full_disk_leaves_the_old_picture(trained, photos, tmp_path):

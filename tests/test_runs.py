@@ -267,7 +267,8 @@ def test_two_trainings_do_not_write_into_one_folder(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "b"]
 
 
-@pytest.mark.parametrize("answer", [None, "EWOULDBLOCK", "EACCES", "ENOLCK", "ENOSYS", "EOPNOTSUPP", "EINVAL"])
+@pytest.mark.parametrize("answer",
+                         [None, "EWOULDBLOCK", "EACCES", "ENOLCK", "ENOSYS", "EOPNOTSUPP", "EINVAL"])
 def test_any_file_system_locks_or_one_line_says_that_it_does_not(tmp_path, monkeypatch, capsys, answer):
     """NFS (None) locks files opened for writing alone; others answer that they lock nothing."""
     def flock(descriptor, operation):
