@@ -428,19 +428,26 @@ class Settings:
 # ------------------------------------------------------------- trained weights, and one step of training
 
 
+def own_names(names) -> dict[str, str]:
+    """{a name as the script gave it: as it is}: torch.compile puts its own into those of what it wraps."""
+    return {name.replace("_orig_mod.", ""): name for name in names}
+
+
 def trained(module: nn.Module) -> dict[str, Tensor]:
     """All that training changes: parameters that take a gradient, persistent buffers."""
     still = {k for k, p in module.named_parameters() if not p.requires_grad}
-    return {k: v for k, v in module.state_dict().items() if k not in still}
+    state = module.state_dict()
+    return {k: state[name] for k, name in own_names(state).items() if name not in still}
 
 
 def load_trained(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> nn.Module:
     """Puts `trained`'s tensors back; each must find its place, and each place its tensor."""
     state = module.state_dict()
+    names, tensors = own_names(state), {k: tensors[name] for k, name in own_names(tensors).items()}
     for k in sorted(trained(module).keys() | tensors.keys()):
-        if k not in state or k not in tensors or tensors[k].shape != state[k].shape:
+        if k not in names or k not in tensors or tensors[k].shape != state[names[k]].shape:
             raise UserError(f"{source}: does not fit: {k} is missing, unknown or of another size")
-    module.load_state_dict(tensors, strict=False)
+    module.load_state_dict({names[k]: t for k, t in tensors.items()}, strict=False)
     return module
 
 

@@ -165,6 +165,8 @@ class Run:
                    AutocastKwargs(enabled=not float32)]
         self.acc = Accelerator(mixed_precision=precision, cpu=on == "cpu",
                                gradient_accumulation_steps=cfg.accumulate, kwargs_handlers=options)
+        # Where accelerate's settings compile, its own would take several processes' wrapper off for good.
+        self.acc.unwrap_model = functools.partial(self.acc.unwrap_model, keep_torch_compile=False)
         self.cfg, self.last = cfg, self.folder / "last" / f"stage{cfg.number}.safetensors"
         self.values, self.smooth = {}, {}  # of a step's micro-batches; for the bar
         where = f"{on} x {self.acc.num_processes}, precision {'float32' if float32 else precision}"

@@ -136,6 +136,24 @@ def test_a_base_is_known_by_its_weights(tmp_path):
         two.check({"fingerprint": one.fingerprint}, tmp_path)
 
 
+def test_weights_have_their_own_names_however_they_are_wrapped(tmp_path):
+    """By torch.compile around all (accelerate's dynamo), around parts, or both; also if saved so before."""
+    def net():
+        return torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2).requires_grad_(False))
+    own, names = net(), {"0.weight", "0.bias"}
+    for wrap in ((), (0,), (1,), (0, 1, None), (None,)):
+        wrapped = net()
+        for i in wrap:
+            if i is None:
+                wrapped = torch.compile(wrapped, backend="eager")
+            else:
+                wrapped[i] = torch.compile(wrapped[i], backend="eager")
+        as_saved_before = {k: v for k, v in wrapped.state_dict().items() if "0." in k}
+        load_trained(net(), as_saved_before, tmp_path)
+        load_trained(wrapped, trained(own), tmp_path)
+        assert trained(wrapped).keys() == names and torch.equal(trained(wrapped)["0.bias"], own[0].bias)
+
+
 # ---- LoRA
 
 
