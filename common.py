@@ -2,7 +2,7 @@
 
 Conventions, stated once:
     pixels   x  (B, 3, H, W), float32 in [-1, 1]; files and metrics are 8-bit RGB in [0, 255]
-    latents  z  (B, C, h, w), already multiplied by the VAE's scaling factor; only SD's methods touch that
+    latents  z  (B, C, h, w), already shifted and scaled by the VAE's factors; only SD's methods touch that
     time     t  an integer timestep in [0, T); alpha_bar_t is the schedule's cumulative product
     sizes    `cell`: pixels a side that a latent or a token stands for; pictures are padded to whole cells.
              `stride`: pixels that all strided layers together step over; training crops have whole strides,
@@ -53,18 +53,38 @@ class SD(nn.Module):
     def __init__(self, base: str | Path, with_unet: bool = True, weights: bool = True):
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
         super().__init__()
+        scheduler = load_part(DDPMScheduler, base, "scheduler")
         self.vae = load_part(AutoencoderKL, base, "vae", weights)
         self.unet = load_part(UNet2DConditionModel, base, "unet", weights) if with_unet else None
-        scheduler = load_part(DDPMScheduler, base, "scheduler")
         self.prediction = scheduler.config.prediction_type
-        if self.prediction not in ("epsilon", "v_prediction"):
-            raise UserError(f"--base {base}: prediction type {self.prediction} is not known here")
         self.register_buffer("alpha_bar", scheduler.alphas_cumprod.float(), persistent=False)
+        for what, wrong in self.foreign():
+            if wrong:
+                raise UserError(f"--base {base}: another kind of base than this is about: {what}")
         self.cell = 2 ** (len(self.vae.config.block_out_channels) - 1)  # 8: the VAE halves three times
         self.stride = self.cell * (2 ** (len(self.unet.config.block_out_channels) - 1) if with_unet else 1)
         self.requires_grad_(False)
         sample = (p[:1].flatten()[:64].numpy().tobytes() for p in self.parameters() if weights)
         self.fingerprint = hashlib.sha256(b"".join(sample)).hexdigest()  # tells weights apart
+
+    def foreign(self):
+        """(What a base may have that is not Stable Diffusion's, whether this one has)."""
+        vae = self.vae.config
+        known = "epsilon", "v_prediction"
+        yield f"it predicts {self.prediction}, not one of {known}", self.prediction not in known
+        yield f"its schedule has {len(self.alpha_bar)} steps, not 1000", len(self.alpha_bar) != 1000
+        yield "its VAE has no quant_conv", not (vae.use_quant_conv and vae.use_post_quant_conv)
+        yield "its VAE scales each channel (latents_mean)", vae.latents_mean is not None
+        if self.unet:
+            unet, c = self.unet.config, vae.latent_channels
+            taken, given = unet.in_channels, unet.out_channels
+            yield (f"its UNet takes {taken} channels and gives {given}, latents have {c} (more go in for "
+                   "inpainting, depth, editing)", (taken, given) != (c, c))
+            for k in ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+                more = unet[k] is not None
+                yield f"its UNet wants more than time and text ({k} {unet[k]}; SDXL's does)", more
+            width = unet.cross_attention_dim
+            yield f"its UNet has texts of several widths {width}", not isinstance(width, int)
 
     def check(self, header: dict, source: Path) -> None:
         """LoRA fits the base that it was trained on."""
@@ -77,13 +97,15 @@ class SD(nn.Module):
 
     def sample(self, posterior, noise: Tensor | None = None) -> Tensor:
         z = posterior.mean if noise is None else posterior.mean + posterior.std * noise
-        return z * self.vae.config.scaling_factor  # (B, C, H / cell, W / cell)
+        vae = self.vae.config
+        return (z - (vae.shift_factor or 0)) * vae.scaling_factor  # (B, C, H / cell, W / cell)
 
     def decode(self, z: Tensor) -> Tensor:
         return self.vae.decode(self.unscaled(z)).sample
 
     def unscaled(self, z: Tensor) -> Tensor:  # as the VAE's decoder takes it
-        return (z / self.vae.config.scaling_factor).to(self.vae.dtype)
+        vae = self.vae.config
+        return (z / vae.scaling_factor + (vae.shift_factor or 0)).to(self.vae.dtype)
 
     def latent_shape(self, crop: int) -> tuple[int, int, int]:
         return self.vae.config.latent_channels, crop // self.cell, crop // self.cell

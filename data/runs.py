@@ -29,8 +29,8 @@ from tqdm import tqdm
 from common import PHOTOS, TINY_SD, Settings, device, load_trained, trained
 from data import speed
 from data.files import (ROOT, SHIPPED, UserError, append, atomic, in_repo, leave_ctrl_c_to_the_parent,
-                        list_files, list_images, load_part, load_tensors, note, outputs, read_json,
-                        save_tensors, write_json)
+                        list_files, list_images, load_tensors, note, outputs, read_json, save_tensors,
+                        write_json)
 from data.pictures import compress_files, decompress_files, restore_files
 
 LOCKS: dict[Path, int] = {}
@@ -136,11 +136,11 @@ class Run:
     def __init__(self, args, paper_base: str, *stages: Settings, **more):
         """`args` of a train command; `more` is recorded beside the stages' settings."""
         from accelerate import PartialState
-        from diffusers import DDPMScheduler
         self.args, self.folder, self.seed = args, args.out, args.seed
         self.base = args.base or (paper_base if args.paper else TINY_SD)
         self.data = args.data or [PHOTOS / "train"]
-        load_part(DDPMScheduler, self.base, "scheduler")  # what is wanting had better fail before any work
+        with torch.device("meta"):
+            common.SD(self.base, weights=False)  # what is wanting or foreign had better fail before any work
         list_images([*self.data, *(args.val or [])])
         script = name_of(args.script)
         self.config = {"script": script, "base": in_repo(self.base), "seed": self.seed}

@@ -5,6 +5,7 @@ import ast
 import importlib
 import inspect
 import io
+import json
 import re
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import torchmetrics.functional.image.dists as reference_dists
 import torchvision
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -152,6 +154,59 @@ def test_weights_have_their_own_names_however_they_are_wrapped(tmp_path):
         load_trained(net(), as_saved_before, tmp_path)
         load_trained(wrapped, trained(own), tmp_path)
         assert trained(wrapped).keys() == names and torch.equal(trained(wrapped)["0.bias"], own[0].bias)
+
+
+def base_with(folder, part: str, **changes):
+    """tiny-sd, but for a part's config."""
+    for own in TINY_SD.iterdir():
+        (folder / own.name).mkdir(parents=True)
+        for file in own.iterdir() if own.is_dir() else ():
+            (folder / own.name / file.name).symlink_to(file)
+    path = next((folder / part).glob("*config.json"))
+    config = json.loads(path.read_text()) | changes
+    path.unlink()
+    path.write_text(json.dumps(config))
+    return folder
+
+
+FOREIGN = [("unet", {"in_channels": 33}, "takes 33 channels and gives 16, latents have 16"),  # for inpainting
+           ("unet", {"in_channels": 17}, "takes 17 channels"),
+           ("unet", {"in_channels": 32}, "takes 32 channels"),
+           ("unet", {"out_channels": 32}, "gives 32"),
+           ("unet", {"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+                     "projection_class_embeddings_input_dim": 80}, "addition_embed_type text_time"),
+           ("unet", {"num_class_embeds": 10}, "num_class_embeds 10"),  # of the upscaler by 4
+           ("vae", {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}, "latents_mean"),
+           ("vae", {"use_quant_conv": False, "use_post_quant_conv": False}, "no quant_conv"),
+           ("vae", {"latent_channels": 4}, "latents have 4"),
+           ("scheduler", {"prediction_type": "sample"}, "predicts sample"),
+           ("scheduler", {"num_train_timesteps": 50}, "50 steps, not 1000")]
+
+
+@pytest.mark.parametrize("part, changes, says", FOREIGN)
+def test_a_base_of_another_kind_is_refused_before_any_work(tmp_path, refused, part, changes, says):
+    base = base_with(tmp_path / "base", part, **changes)
+    said = refused(codiff.main, ["train", "--out", tmp_path / "run", "--base", base])
+    assert str(base) in said and "another kind of base" in said and says in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_looks_at_its_base_first(tmp_path, refused, script, photos):
+    base = base_with(tmp_path / "base", "unet", in_channels=33)
+    args = ["train", "--out", tmp_path / "run", "--base", base, "--data", photos, "--stage", "1"]
+    assert "takes 33 channels" in refused(importlib.import_module(script).main, args)
+
+
+def test_a_vaes_shift_factor_is_used(sd, monkeypatch):
+    """As diffusers' pipelines do: (z - shift) * scale."""
+    x, config = to_tensor(CAT)[None, :, :64, :64], dict(sd.vae.config)
+    with torch.no_grad():
+        z, x_hat = sd.encode(x), sd.decode(sd.encode(x))
+        shifted = FrozenDict(config | {"shift_factor": 0.5, "scaling_factor": 2})
+        monkeypatch.setattr(sd.vae, "_internal_dict", shifted)
+        assert torch.allclose(sd.encode(x), 2 * (z / config["scaling_factor"] - 0.5), atol=1e-5)
+        assert torch.allclose(sd.decode(sd.encode(x)), x_hat, atol=1e-4)
 
 
 # ---- LoRA
