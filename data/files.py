@@ -229,7 +229,8 @@ def each_file(pairs: list[tuple[Path, Path]], what: str, work, at_once: int = 1)
             end_thread(ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt))
         pool.shutdown()
     if bad:
-        raise UserError(f"{what}: {bad} of {len(pairs)} files could not be done; the others are")
+        others = "; the others are" * (bad < len(pairs))
+        raise UserError(f"{what}: {bad} of {len(pairs)} files could not be done{others}")
 
 
 def leave_ctrl_c_to_the_parent(worker: int) -> None:

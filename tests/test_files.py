@@ -346,7 +346,10 @@ def test_one_files_failure_of_whatever_kind_ends_that_file(tmp_path, capsys):
         if failures[file.name]:
             raise failures[file.name]
         done.append(file.name)
-    with pytest.raises(UserError, match="4 of 5"):
+    with pytest.raises(UserError, match="2 of 2 files could not be done$"):  # no others that are
+        each_file([(tmp_path / k, tmp_path / "out") for k in "ab"], "restore", work)
+    capsys.readouterr()
+    with pytest.raises(UserError, match="4 of 5 files could not be done; the others are$"):
         each_file([(tmp_path / k, tmp_path / "out") for k in failures], "restore", work)
     told = capsys.readouterr().err
     assert done == ["d"] and told.count("--tile 512") == 2 and "c: failed (KeyError: 'odd')" in told
