@@ -14,6 +14,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from dataclasses import asdict, fields
@@ -101,11 +102,19 @@ def once(work, *args, **options) -> None:
         raise error or SystemExit(2)
 
 
-def loader(data, batches, cfg: Settings, acc) -> torch.utils.data.DataLoader:
-    """Of these batches of samples' numbers, in cfg.workers processes."""
-    return torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=cfg.workers,
+def loader(data, batches, cfg: Settings, acc):
+    """Yields these batches of samples' numbers, made in cfg.workers processes."""
+    made = torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=cfg.workers,
                                        pin_memory=acc.device.type == "cuda",
                                        worker_init_fn=leave_ctrl_c_to_the_parent)
+    try:
+        yield from made
+    except (RuntimeError, OSError) as error:  # by many names, and from either side
+        if cfg.workers and re.search("shared memory|shm|No space left|Bus error|unable to mmap", str(error)):
+            flag = cfg.flag("workers")
+            raise UserError(f"{flag} {cfg.workers}: no shared memory (/dev/shm) is left for these workers; "
+                            f"{flag} 0 needs none, a container may have more: --shm-size 8g") from None
+        raise
 
 
 def filled_rows(path: Path, shape: tuple[int, ...], data, cfg: Settings, acc, make) -> Tensor:
@@ -116,7 +125,7 @@ def filled_rows(path: Path, shape: tuple[int, ...], data, cfg: Settings, acc, ma
     rows = np.load(path, mmap_mode="r+")
     own = torch.arange(len(rows)).split(cfg.batch)[acc.process_index::acc.num_processes]
     todo = [n for n in map(Tensor.tolist, own) if np.isnan(rows[n]).any()]
-    for n, *batch in tqdm(loader(data, todo, cfg, acc), path.parent.name, unit="batch",
+    for n, *batch in tqdm(loader(data, todo, cfg, acc), path.parent.name, len(todo), unit="batch",
                           disable=None if acc.is_main_process else True):
         with acc.autocast():
             rows[n.numpy()] = make(n.to(acc.device), *(t.to(acc.device) for t in batch)).cpu()

@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ import codiff
 from common import PHOTOS, TINY_SD, rng
 from conftest import SCRIPTS, as_here, before_stage_2, child_processes, rows_of, same_run, train_args
 from data.files import ROOT, UserError, in_repo, load_tensors
-from data.runs import LOCKS, lock
+from data.runs import LOCKS, loader, lock
 
 # Of each script, calls after which Ctrl-C comes: in the third step of each stage, one after the last
 # checkpoint; in MoE-DiffIR also between the stages, among the latents.
@@ -182,6 +183,31 @@ def test_ctrl_c_with_loader_processes_ends_in_one_line(tmp_path):
     assert "interrupted; what was saved is whole" in said
     steps = log.read_text().count("\n")
     assert steps - 1 <= load_tensors(out / "last" / "stage1.safetensors")[1]["step"] <= steps
+
+
+@pytest.mark.parametrize("error, told", [
+    (RuntimeError("unable to write to file </torch_7_8_0>: No space left on device (28)"), True),
+    (RuntimeError("unable to allocate shared memory(shm) for file </torch_7_8_0>: Success (0)"), True),
+    (RuntimeError("DataLoader worker (pid 9) is killed by signal: Bus error. "), True),
+    (RuntimeError("unable to mmap 64 bytes from file </torch_7_8_0>: Cannot allocate memory (12)"), True),
+    (OSError(errno.ENOSPC, "No space left on device"), True), (RuntimeError("mat1 and mat2"), False)])
+def test_workers_without_shared_memory_are_named_in_one_line(monkeypatch, error, told):
+    class Broken:
+        def __init__(self, *_, **options):
+            self.workers = options["num_workers"]
+
+        def __iter__(self):
+            yield "a batch"
+            raise error
+    monkeypatch.setattr(torch.utils.data, "DataLoader", Broken)
+    acc = SimpleNamespace(device=torch.device("cpu"))
+    for workers in (2, 0):
+        batches = loader([], [], codiff.Stage1(workers=workers), acc)
+        assert next(batches) == "a batch"
+        with pytest.raises(UserError if told and workers else type(error)) as end:
+            next(batches)
+        said = str(end.value)
+        assert ("--s1-workers 2" in said and "--shm-size" in said) == (told and workers == 2)
 
 
 # ---- shared by micro-batches and processes
