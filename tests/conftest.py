@@ -36,6 +36,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 SCRIPTS = ("codiff", "sodiff", "oscar", "moe_diffir")
 CAT = read_image(PHOTOS / "val" / "chelsea.png")[0]
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Two processes, a file in one of them, where pytest-xdist is installed and no -n says otherwise."""
+    if getattr(config.option, "numprocesses", 0) is None and "PYTEST_XDIST_WORKER" not in os.environ:
+        config.option.numprocesses, config.option.dist = 2, "loadfile"
+
+
 # A script's shortest training: four steps a stage, saved every second, networks as narrow as they may be.
 STEPS = {"steps": 4, "save-every": 2, "batch": 2, "crop": 64}
 NARROW = {"codiff": [],

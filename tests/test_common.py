@@ -7,6 +7,9 @@ import inspect
 import io
 import json
 import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
 
 import numpy as np
 import pytest
@@ -69,6 +72,30 @@ def test_common_re_exports_nothing():
     foreign = {name for name, thing in things.items()
                if (inspect.isfunction(thing) or inspect.isclass(thing)) and thing.__module__ != "common"}
     assert foreign <= {"UserError", "load_part"}
+
+
+def distributions(trees) -> set[str]:
+    """What these files import of others: the packages, by the names under which they are installed."""
+    names = {n for tree in trees for node in ast.walk(tree) for n in (
+             [alias.name for alias in node.names] if isinstance(node, ast.Import) else
+             [node.module] if isinstance(node, ast.ImportFrom) and not node.level else [])}
+    tests = {path.stem for path in (ROOT / "tests").rglob("*.py")} | {"tests"}
+    names = {name.split(".")[0] for name in names} - sys.stdlib_module_names - tests - {"data", *CODE}
+    known = packages_distributions()
+    return {re.sub("[-_.]+", "-", known.get(name, [name])[0]).lower() for name in names}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    lists = [project["project"]["dependencies"], project["dependency-groups"]["dev"],
+             *project["project"]["optional-dependencies"].values()]
+    needed, dev, *extras = ({re.match("[a-z-]+", line)[0] for line in lines} for lines in lists)
+    assert distributions(CODE.values()) == needed.union(*extras)
+    tests = distributions(ast.parse(path.read_text()) for path in (ROOT / "tests").rglob("*.py"))
+    assert dev - {"pytest-xdist"} <= tests | needed.union(*extras) and tests <= dev | needed
+    assert project["project"]["optional-dependencies"].keys() == {"metrics", "codecs", "figures"}
+    assert extras == [{"pyiqa"}, {"imageio-ffmpeg"}, {"matplotlib"}]
+    assert "-n" not in project["tool"]["pytest"]["ini_options"]["addopts"].split()  # xdist may be missing
 
 
 def streams_of(script: str) -> set[str]:
