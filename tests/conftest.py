@@ -232,6 +232,8 @@ def alpha_bars():
 
 # ---- other processes
 
+STOP = "stop"  # before a command
+
 
 def child_processes():
     """Their server imports once what they need."""
@@ -248,32 +250,43 @@ def as_here(script: str, args: list[str], threads: int) -> None:
 
 @pytest.fixture
 def two_processes(tmp_path):
-    """two_processes(script, args): the command in two CPU processes (gloo), each with half of the batch; what
+    """two_processes(script, args, ...): commands in two CPU processes (gloo), each with half of the batch; what
     both print."""
-    def train(script, args, codes=(0, 0), evaluate=False):
+    def train(script, *commands, codes=(0, 0), evaluate=False, stages=None):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         printed = [tmp_path / f"printed{rank}" for rank in (0, 1)]
         children = [child_processes().Process(target=one_of_two,
-                                              args=(rank, port, script, args, printed[rank], evaluate))
+                                              args=(rank, port, script, commands, printed[rank], evaluate))
                     for rank in (0, 1)]
         [child.start() for child in children]
         [child.join() for child in children]
         said = [p.read_text() for p in printed]
         assert tuple(child.exitcode for child in children) == codes, said[0] + said[1]
         assert [s.count("peak memory") for s in said] == [evaluate, 0]  # one process evaluates
-        assert [s.count("stage 2 on cpu x 2") for s in said] == [codes == (0, 0), 0]
+        assert [s.count("stage 2 on cpu x 2") for s in said] == [stages or codes == (0, 0), 0]
         return said
     return train
 
 
-def one_of_two(rank: int, port: int, script: str, args: list[str], printed, evaluate: bool) -> None:
-    """Process `rank` of two, with the environment that accelerate launch and torchrun give."""
+def one_of_two(rank: int, port: int, script: str, commands: list[list[str]], printed, evaluate: bool) -> None:
+    """Process `rank` of two, with the environment that accelerate launch and torchrun give. What follows STOP
+    is interrupted after its first step."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                    "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    save = Run.save
+
+    def save_and_stop(run, step):
+        save(run, step)
+        raise KeyboardInterrupt
     if not evaluate:
         Run.evaluate = lambda *_: None
+        importlib.import_module("data.results.moe_diffir").print_latent_errors = lambda *_: None
+    main = importlib.import_module(script).main
     with open(printed, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        run_cli(functools.partial(importlib.import_module(script).main, args))
+        for args in commands:
+            Run.save = save_and_stop if args[0] == STOP else save
+            with contextlib.suppress(KeyboardInterrupt) if args[0] == STOP else contextlib.nullcontext():
+                run_cli(functools.partial(main, args)) if args[0] != STOP else main(args[1:])

@@ -21,8 +21,9 @@ import torch
 
 import codiff
 from common import PHOTOS, TINY_SD, rng
-from conftest import SCRIPTS, as_here, before_stage_2, child_processes, rows_of, same_run, train_args
+from conftest import SCRIPTS, STOP, as_here, before_stage_2, child_processes, rows_of, same_run, train_args
 from data.files import ROOT, UserError, in_repo, load_tensors
+from data.results.tables import paper
 from data.runs import LOCKS, loader, lock
 
 # Of each script, calls after which Ctrl-C comes: in the third step of each stage, one after the last
@@ -263,6 +264,32 @@ def test_a_prior_without_its_own_loss_trains_in_two_processes(tmp_path, trained,
     trained("moe_diffir")  # makes the benchmark
     steps = ["--s1-steps", 2, "--s2-steps", 1, "--cache-latents", 0, "--s1-lambda-dp", 0, "--no-v2t"]
     two_processes("moe_diffir", train_args("moe_diffir", tmp_path / "run", photos, *steps))
+
+
+# The papers' ablations, and what leaves a module without a gradient beside them (--paper --dp small, say).
+MORE_SWITCHES = {"moe_diffir": ["--no-v2t --s1-lambda-dp 0", "--prompt single --s1-lambda-dp 0",
+                                "--start noise --s2-sampling 2 --cache-latents 0"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_switch_trains_in_two_processes(name, trained, two_processes, photos, tmp_path):
+    """Two steps of what the switch changes; the last one is stopped after a step and resumed, too."""
+    trained(name)  # makes MoE-DiffIR's benchmark
+    choices = {c.flags: c.stage for c in paper(name).CHOICES if c.flags and not c.paper_only}
+    choices = dict.fromkeys(MORE_SWITCHES.get(name, []), 1) | choices
+
+    def command(out, flags, stage, *more):
+        steps = [word for n in (1, 2)[stage - 1:] for word in (f"--s{n}-steps", 2, f"--s{n}-save-every", 1)]
+        if stage == 2 and not out.exists():
+            before_stage_2(trained(name), out)
+        stages = "2" if stage == 2 else "all"
+        return train_args(name, out, photos, "--stage", stages, *steps, *flags.split(), *more)
+    commands = [command(tmp_path / str(i), *switch) for i, switch in enumerate(choices.items())]
+    last, again = [*choices.items()][-1], tmp_path / "again"
+    commands += [[STOP, *command(again, *last)], command(again, *last, "--resume")]
+    two_processes(name, *commands, stages=len(choices) + 1 + (last[1] == 2))
+    assert rows_of(again) == rows_of(tmp_path / str(len(choices) - 1))
 
 
 def test_what_the_first_of_two_processes_refuses_ends_both(tmp_path, two_processes):
