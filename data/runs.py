@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import PHOTOS, TINY_SD, Settings, device, load_trained, trained
+from common import PHOTOS, SD, TINY_SD, Settings, device, load_trained, trained
 from data import speed
 from data.files import (ROOT, SHIPPED, UserError, append, atomic, in_repo, leave_ctrl_c_to_the_parent,
                         list_files, list_images, load_tensors, note, outputs, read_json, save_tensors,
@@ -149,7 +149,7 @@ class Run:
         self.base = args.base or (paper_base if args.paper else TINY_SD)
         self.data = args.data or [PHOTOS / "train"]
         with torch.device("meta"):
-            common.SD(self.base, weights=False)  # what is wanting or foreign had better fail before any work
+            SD(self.base, weights=False)  # what is wanting or foreign had better fail before any work
         list_images([*self.data, *(args.val or [])])
         script = name_of(args.script)
         self.config = {"script": script, "base": in_repo(self.base), "seed": self.seed}
