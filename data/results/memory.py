@@ -3,9 +3,9 @@
     python -m data.results.memory                     # all scripts: six minutes of one core
     python -m data.results.memory --scripts codiff
 
-Stages run as they are, on fake tensors: these have shapes but no numbers, and nothing is computed. What counts
-is the most bytes that tensors take at one time. Not counted is what `LEFT` is for: CUDA's context, cuDNN's
-workspaces, gaps between tensors."""
+Stages run as they are, on fake tensors: these have shapes but no numbers, and nothing is computed. What
+counts is the most bytes that tensors take at one time. Not counted is what `LEFT` is for: CUDA's context,
+cuDNN's workspaces, gaps between tensors."""
 
 from __future__ import annotations
 
@@ -131,8 +131,8 @@ def part(kind, base, name: str, weights: bool = True):
 def replaced(script):
     """What would read weights, or numbers."""
     import torchvision
-    vgg16, norms, shapes = torchvision.models.vgg16, common.print_gradients, {"T_align.queries": (1, 77, 1024),
-                                                                            "empty": (77, 1024)}
+    vgg16, norms = torchvision.models.vgg16, common.print_gradients
+    shapes = {"T_align.queries": (1, 77, 1024), "empty": (77, 1024)}
     stage1 = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, {"tasks": [""] * 21}
     yield patch.object(speed, "chosen", torch.bfloat16)  # float16 takes as much
     yield patch.object(common, "load_part", part)
@@ -156,7 +156,7 @@ def replaced(script):
 
 def peaks(script, cfg, sizes: tuple[int, int]) -> tuple[float, float]:
     """The most GiB that a stage with the settings `cfg` takes, for micro-batches of two sizes."""
-    from lpips import LPIPS
+    import lpips
     stage = getattr(script, f"stage{cfg.number}")
     given = {"dists": common.dists_vgg16, "cfg1": script.Stage1.paper,
              "lpips": lambda: LPIPS(pretrained=False, pnet_rand=True, net="vgg").requires_grad_(False),
@@ -203,13 +203,15 @@ def main(argv: list[str] | None = None) -> None:
     p = CommandLine("memory", description="memory of training at the papers' sizes, by card")
     p.add_argument("--scripts", nargs="+", choices=papers(), default=papers())
     of = {}
-    for name, number in tqdm([(name, i) for name in p.parse_args(argv).scripts for i in (1, 2)], disable=None):
+    todo = [(name, number) for name in p.parse_args(argv).scripts for number in (1, 2)]
+    for name, number in tqdm(todo, disable=None):
         of.setdefault(name, []).append(ways(importlib.import_module(name), number))
     lines = []
-    for card, name in ((card, name) for card in CARDS for name in of):
-        flags, gib = zip(*(best(rows, card) for rows in of[name]))
-        lines.append([f"{card} GB", f"`{name}.py`", f"`{' '.join(flags).strip()}`", " / ".join(gib)])
-    print(markdown(["card", "script", "flags", "GiB, stage 1 / 2"], lines))
+    for name, rows in of.items():
+        found = [[*zip(*(best(row, card) for row in rows))] for card in CARDS]
+        cells = [f"`{' '.join(filter(None, flags)) or 'as it is'}` {' / '.join(gib)}" for flags, gib in found]
+        lines.append([f"`{name}.py`", *cells])
+    print(markdown(["GiB of stage 1 / 2", *(f"{card} GB" for card in CARDS)], lines))
 
 
 if __name__ == "__main__":
