@@ -1,12 +1,12 @@
 """GPU memory, computed on fake tensors."""
 
-import pytest
+from dataclasses import replace
+
 import torch
 from accelerate.state import AcceleratorState
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import codiff
-from common import TINY_SD
 from data.results import memory
 
 
@@ -34,13 +34,18 @@ def test_autocast_as_on_cuda():
     assert dtypes() == (torch.bfloat16, torch.bfloat16)
 
 
-def test_a_stage_runs_and_checkpointing_takes_less(monkeypatch):
-    monkeypatch.setattr(memory, "SD21_CONFIG", TINY_SD)
+def test_a_stage_takes_its_states_and_more_for_larger_batches():
+    cfg = replace(codiff.Stage1.paper(), widths=(16, 32, 64, 128), blocks=1, crop=64)
     AcceleratorState._reset_state()  # a process of its own keeps its precision
-    plain, checkpointed = (memory.peaks(codiff, codiff.Stage2(checkpointing=c), (1, 8)) for c in (False, True))
+    one, four = memory.peaks(codiff, cfg, (1, 4))
     AcceleratorState._reset_state()
-    assert plain[0] < plain[1] and checkpointed[1] < plain[1]
+    states = sum(p.nbytes for p in codiff.CaVE(cfg.widths, cfg.blocks).parameters()) * 4 / 2**30
+    assert states < one < four < 4 * one  # weights, gradients, Adam's two; activations
 
 
-def test_best_flags():
-    rows = [(4, "", 9.0), (2, "--a 2", 5.0), (1, "--a 4", 3.0), (4, "--c", 7.0), (2, "--a 2 --checkpointing", 4.0)]
+def test_the_largest_micro_batch_that_fits():
+    rows = [(8, "", 40.0), (4, "--n 2", 9.0), (2, "--n 4", 5.0),
+            (8, "--checkpointing", 15.0), (4, "--n 2 --checkpointing", 8.0), (2, "--n 4 --checkpointing", 4.0)]
+    assert [memory.best(rows, card) for card in (5, 8, 12, 24, 80)] == [
+        ("", "does not fit"), ("--n 4", "5.0"), ("--n 2", "9.0"), ("--n 2", "9.0"), ("", "40.0")]
+    assert memory.best([rows[2], rows[3]], 24) == ("--checkpointing", "15.0")  # more than twice as large
