@@ -6,7 +6,7 @@ from pathlib import Path
 
 # OpenMP's threads spin while they wait, by default for milliseconds. Where something else runs as well, that
 # takes the time of the very thread that they wait for. A thirtieth of the rounds costs an idle machine
-# nothing. Where other programs fill all cores, threads had better sleep at once; an idle machine that halves.
+# nothing. Where other programs fill all cores, threads had better sleep at once (idle cores: half the speed).
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
     running = 0
     with suppress(OSError, ValueError, IndexError):  # Linux alone tells

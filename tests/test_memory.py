@@ -49,3 +49,4 @@ def test_the_largest_micro_batch_that_fits():
     assert [memory.best(rows, card) for card in (5, 8, 12, 24, 80)] == [
         ("", "does not fit"), ("--n 4", "5.0"), ("--n 2", "9.0"), ("--n 2", "9.0"), ("", "40.0")]
     assert memory.best([rows[2], rows[3]], 24) == ("--checkpointing", "15.0")  # more than twice as large
+    assert memory.best([rows[1], (8, "--checkpointing", 8.0)], 24) == ("--checkpointing", "8.0")  # twice, in less

@@ -191,11 +191,11 @@ def ways(script, number: int) -> list[tuple[int, str, float]]:
 
 def best(rows: list[tuple[int, str, float]], card: int) -> tuple[str, str]:
     """(flags, GiB) of the largest micro-batch that fits. Checkpointing, a third more work, is worth it where
-    that more than doubles."""
+    that doubles it; of two as good, the one that takes less."""
     fitting = [row for row in rows if row[2] < card * 1e9 / 2**30 - LEFT]
     if not fitting:
         return "", "does not fit"
-    _, flags, gib = max(fitting, key=lambda row: row[0] / (2 if "checkpointing" in row[1] else 1))
+    _, flags, gib = max(fitting, key=lambda row: (row[0] / (2 if "checkpointing" in row[1] else 1), -row[2]))
     return flags, f"{gib:.1f}"
 
 
