@@ -345,8 +345,8 @@ def stage2(run, cfg: Stage2, dists: nn.Module) -> None:
     torch.manual_seed(run.seed + 1)
     G, D = networks(run, cfg)
     pairs = JPEGPairs(run.data, cfg, G.stride, run.seed + 1)
-    acc = run.start(cfg, generator=G, discriminator=D)
-    real = SD(run.base, with_unet=False).to(acc.device)  # makes z_H, untouched as in the release
+    real = SD(run.base, with_unet=False)  # makes z_H, untouched as in the release
+    acc = run.start(cfg, generator=G, discriminator=D, untouched=real)
     opt_G = torch.optim.AdamW(G.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
     opt_D = torch.optim.AdamW(D.parameters(), cfg.lr_D, weight_decay=cfg.weight_decay)
     G, D, opt_G, opt_D = acc.prepare(G, D, opt_G, opt_D)

@@ -169,11 +169,11 @@ class Run:
         from accelerate.utils import AutocastKwargs
         on, kind = device().type, speed.dtype()
         precision = "no" if kind is torch.float32 else speed.name_of(kind)  # one a process
-        speed.for_training(modules.values(), on, kind)
         options = [DistributedDataParallelKwargs(find_unused_parameters=some_unused),
                    AutocastKwargs(enabled=not float32)]
         self.acc = Accelerator(mixed_precision=precision, cpu=on == "cpu",
                                gradient_accumulation_steps=cfg.accumulate, kwargs_handlers=options)
+        speed.for_training(modules.values(), self.acc.device, kind)
         # Where accelerate's settings compile, its own would take several processes' wrapper off for good.
         self.acc.unwrap_model = functools.partial(self.acc.unwrap_model, keep_torch_compile=False)
         self.cfg, self.last = cfg, self.folder / "last" / f"stage{cfg.number}.safetensors"

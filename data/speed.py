@@ -106,17 +106,21 @@ def for_inference(model: nn.Module, on: str) -> None:
 # -------------------------------------------------------------------------------------- training
 
 
-def for_training(modules, on: str, kind: torch.dtype) -> None:
-    """Before optimizers are made. `kind`: autocast's, which copies each weight to it in every pass. Of UNets
-    and VAEs, weights that no step changes are kept as such copies: the same numbers, half the memory."""
+def for_training(modules, on: torch.device, kind: torch.dtype) -> None:
+    """Puts modules on a device, before optimizers are made. `kind`: autocast's, which copies each weight to it
+    in every pass. Of UNets and VAEs, weights that no step changes are kept as such copies: the same numbers,
+    half the memory; and once where two networks have them, as generator and discriminator of one base."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
+    kept: dict[str, Tensor] = {}
     for module in modules:
-        if on == "cuda":  # whose convolutions want it; a CPU's are no faster, and abort in SODiff
-            module.to(memory_format=torch.channels_last)
+        # CUDA's convolutions want it; a CPU's are no faster, and abort in SODiff
+        module.to(on, memory_format=torch.channels_last if on.type == "cuda" else torch.preserve_format)
         for network in (m for m in module.modules() if isinstance(m, (AutoencoderKL, UNet2DConditionModel))):
-            for layer in network.modules():
+            for name, layer in network.named_modules():
                 if isinstance(layer, (nn.Conv2d, nn.Linear)) and not layer.weight.requires_grad:
-                    layer.weight.data = layer.weight.data.to(kind)
+                    weight = layer.weight.data.to(kind)
+                    same = kept.setdefault(name.removesuffix(".base_layer"), weight)
+                    layer.weight.data = same if torch.equal(same, weight) else weight
     torch.backends.cudnn.benchmark = True  # finds the fastest convolutions; crops are all of one size
 
 

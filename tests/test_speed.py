@@ -147,11 +147,26 @@ def test_frozen_weights_in_half_precision_are_autocasts_copies(half):
     with torch.autocast("cpu", half):
         before = outcome(unet, inputs)
     size = sum(p.nbytes for p in unet.parameters())
-    speed.for_training([unet], "cpu", half)
+    speed.for_training([unet], torch.device("cpu"), half)
     kinds = {p.requires_grad: p.dtype for p in unet.parameters() if p.ndim > 1}
     assert kinds == {True: torch.float32, False: half} and sum(p.nbytes for p in unet.parameters()) < 0.6 * size
     with torch.autocast("cpu", half):
         assert all(map(torch.equal, outcome(unet, inputs), before))
+
+
+def test_networks_of_one_base_keep_its_frozen_weights_once():
+    unet, inputs = small_unet()
+    D, before = common.Discriminator(TINY_SD, 2), outcome(unet, inputs)
+    changed = D.unet.down_blocks[0].resnets[0].conv1.base_layer.weight
+    changed.data += 1  # not the base's any more
+    own = changed.clone()
+    speed.for_training([unet, D], torch.device("cpu"), torch.float32)
+
+    def frozen(network):
+        return {p.data_ptr(): p for p in network.parameters() if not p.requires_grad and p.ndim > 1}
+    alone = [p for pointer, p in frozen(D).items() if pointer not in frozen(unet)]
+    assert len(frozen(D)) > 20 and len(alone) == 1 and torch.equal(alone[0], own)
+    assert all(map(torch.equal, outcome(unet, inputs), before))
 
 
 def test_two_optimizers_share_a_scaler(monkeypatch):
