@@ -305,7 +305,7 @@ def noise_for(samples: Tensor, shape: tuple[int, ...], seed: int, stream: str) -
 
 def to_tensor(image: Image.Image) -> Tensor:
     """8-bit RGB -> (3, H, W) in [-1, 1]."""
-    return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5).sub_(1)
+    return (torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() / 127.5).sub_(1)
 
 
 def to_image(x: Tensor) -> Image.Image:
