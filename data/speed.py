@@ -107,9 +107,9 @@ def for_inference(model: nn.Module, on: str) -> None:
 
 
 def for_training(modules, on: torch.device, kind: torch.dtype) -> None:
-    """Puts modules on a device, before optimizers are made. `kind`: autocast's, which copies each weight to it
-    in every pass. Of UNets and VAEs, weights that no step changes are kept as such copies: the same numbers,
-    half the memory; and once where two networks have them, as generator and discriminator of one base."""
+    """Puts modules on a device, before optimizers are made. `kind`: autocast's, which copies each weight to
+    it in every pass. Of UNets and VAEs, weights that no step changes are kept as such copies: the same
+    numbers, half the memory; and once where two networks have them, as G and D of one base."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     kept: dict[str, Tensor] = {}
     for module in modules:
