@@ -19,9 +19,9 @@ from data.results.tables import HERE, paper, papers
 
 def test_every_script_is_measured():
     assert papers() == ["codiff", "moe_diffir", "oscar", "sodiff"]
-    for name in ("evaluate", "complexity", "figures", "ablations", "pages", "seeds", "tables"):  # know none
+    for name in ("evaluate", "complexity", "figures", "ablations", "pages", "quality", "seeds", "tables"):
         text = (HERE / f"{name}.py").read_text().lower()
-        assert not [script for script in papers() if script in text], name
+        assert not [script for script in papers() if script in text], f"{name} knows one"
 
 
 @pytest.mark.parametrize("script, flags", [(s, c.words(s)) for s in papers() for c in paper(s).CHOICES])
@@ -210,6 +210,21 @@ def test_the_weights_that_ship_are_measured_and_not_trained(trainings, tmp_path,
     run(tmp_path, "--only", "shipped")
     assert [c[0] for c in trainings] == ["train", "eval", "eval"]
     assert "| restored, weights that ship | 20.00 |" in (tmp_path / "codiff.md").read_text()
+
+
+def test_more_evals_of_the_weights_that_ship_have_a_block_each(trainings, tmp_path, monkeypatch):
+    (tmp_path / "codiff.md").write_text(PAGE + page("double"))
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)
+    monkeypatch.setattr(ablations, "SHIPPED", tmp_path / "runs")
+    run(tmp_path, "--only", "default")
+    (tmp_path / "runs" / "codiff").mkdir(parents=True)
+    shutil.copytree(tmp_path / "codiff" / "default-0", tmp_path / "runs" / "codiff-shipped")
+    before = (tmp_path / "codiff.md").read_text().split("<!-- double -->")
+    run(tmp_path, "--only", "double")
+    assert trainings[-1][:4] == ["eval", "--weights", str(tmp_path / "runs" / "codiff"), "--data"]
+    assert trainings[-1][5:] == "--double 10 30 --qf 10 30 50 --shift 4".split()
+    after = (tmp_path / "codiff.md").read_text().split("<!-- double -->")
+    assert after[0] == before[0] and "| JPEG QF 5 | 18.00 → 20.00 |" in after[1]
 
 
 def test_what_commands_print_comes_onto_the_page(trainings, tmp_path):

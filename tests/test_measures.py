@@ -89,6 +89,20 @@ def test_the_picture_shows_every_condition(tmp_path):
     assert rows[0] == rows[1] and rows[2] == rows[3] and len(set(rows)) == 3  # their labels
 
 
+def test_a_shifted_jpeg_is_compared_with_what_is_left(tmp_path):
+    CAT.crop((0, 0, 45, 39)).save(tmp_path / "a.png")
+    sizes = []
+
+    def restore(lq):  # knows the original
+        sizes.append(lq.size)
+        return CAT.crop((4, 4, 45, 39))
+    conditions = {"off": lambda image, _: image.crop((4, 4, 45, 39)).convert("L").convert("RGB")}
+    rows = compare([tmp_path / "a.png"], conditions, {"restored": restore}, TINY_SD, Metrics(),
+                   tmp_path / "eval.png", shift=4)["off"]
+    assert sizes == [(41, 35)] and rows["restored"]["SSIM"] == pytest.approx(1)
+    assert rows["compressed"]["PSNR"] < 40
+
+
 def test_detail_is_how_much_luma_changes_from_pixel_to_pixel():
     x = torch.rand(1, 1, 20, 24)
     assert detail(x, x) == 1 and detail(0.5 * x + 3, x) == pytest.approx(0.5)

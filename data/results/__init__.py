@@ -12,8 +12,10 @@ None of them knows a paper: what is measured of one alone stands beside its page
     CHOICES, COLUMNS   of the ablations' table: its rows and columns
     CLAIMS, CONDITION  what the paper says; where that is measured, unless a claim tells
     EXERCISE           the choice that the page's second exercise tries, and {condition: metrics} expected
+    restored_and_qf(script, model, lq)   of models that know a JPEG's quality, for quality.py
     EVAL               flags of eval: for the default run and the weights that ship; for the other choices;
                        at paper size, unless they are the first
+    ALSO               more flags of eval, for the weights that ship alone: {name of the block: flags}
     PRINTED            commands whose words stand on the page: {name of the block: command}
     MORE               that a default run measures: {title: {label: condition}}
     more_figures(metrics, run)   the same, of metrics.json, and of the run's folder where it was trained here

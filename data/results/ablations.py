@@ -49,7 +49,7 @@ class Job:
     script: str
     choice: str
     seed: int
-    train: list[str]  # a command's words
+    train: list[str]  # a command's words; none: of the weights that ship
     eval: list[str]
 
 
@@ -57,7 +57,7 @@ def jobs_of(args) -> list[Job]:
     """A choice with a seed each; then what is measured without training, if --only asks for it."""
     own = paper(args.script)
     choices = [c for c in own.CHOICES if args.paper or not c.paper_only]
-    names = [*(c.name for c in choices), *([] if args.paper else [SHIPS, "printed"])]
+    names = [*(c.name for c in choices), *([] if args.paper else [SHIPS, *own.ALSO, "printed"])]
     if unknown := [name for name in args.only if name not in names]:
         raise UserError(f"--only {' '.join(unknown)}: choose from {', '.join(names)}")
     size = ["--paper", "--data", *args.data] if args.paper else []
@@ -71,11 +71,11 @@ def jobs_of(args) -> list[Job]:
         if args.paper:
             flags = f"--metrics all {(at_paper_size or [whole])[0]}"
         else:
-            flags = whole if choice in (DEFAULT, SHIPS) else short
+            flags = own.ALSO.get(choice) or (whole if choice in (DEFAULT, SHIPS) else short)
         return ["--data", *args.val, *flags.split()]
     jobs = [Job(args.script, c.name, seed, train(c, seed), measure(c.name))
             for seed in range(args.seeds) for c in choices if not args.only or c.name in args.only]
-    jobs += [Job(args.script, SHIPS, 0, [], measure(SHIPS))] * (SHIPS in args.only)
+    jobs += [Job(args.script, name, 0, [], measure(name)) for name in (SHIPS, *own.ALSO) if name in args.only]
     return jobs + [Job(args.script, name, 0, [], command.split()) for name, command in own.PRINTED.items()
                    if "printed" in args.only]
 
@@ -103,11 +103,11 @@ def commands(job: Job, args) -> list[list[str]]:
             of = [f"--weights={folder.parent / DEFAULT}-0", "--data", *args.val]
             of += [f"--against={folder.parent / own.AGAINST}-0"] if own.AGAINST else []
         return [[*script, *job.eval, *of]]
-    weights = SHIPPED / job.script if job.choice == SHIPS else folder
+    weights = folder if job.train else SHIPPED / job.script
     measure = [*script, "eval", "--weights", str(weights), *job.eval]
     resume = ["--resume"] if (folder / "config.json").exists() else []
     train = [*script, "train", "--out", str(folder), *job.train, *resume]
-    return [measure] if job.choice == SHIPS else [train, measure]
+    return [train, measure] if job.train else [measure]
 
 
 def machine(args) -> str:
@@ -152,7 +152,7 @@ def do(job: Job, args, place: dict[str, str]) -> dict:
         lines = run(*commands(job, args)).strip().splitlines()
         text = "\n".join(line for line in lines if not line.endswith(".png"))
         return row | {"command": f"{asked} {row['eval']}", "figures": {}, "printed": text}
-    if job.choice == SHIPS:
+    if not job.train:
         run(*commands(job, args))
         measured = figures(own, ROOT / "runs" / f"{job.script}-shipped" / "metrics.json")
         return row | {"command": f"{asked} eval {row['eval']}", "figures": measured}

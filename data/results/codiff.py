@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from common import device
@@ -28,6 +29,10 @@ def evaluate(script, args) -> None:
     files = list_images(args.data)
     results = jpeg_table(script, args, model, files)
     finish(args, files, color_fix=args.color_fix, results=results)
+
+
+def restored_and_qf(script, model, lq: Image.Image) -> tuple[Image.Image, float | None]:
+    return script.restore(model, lq), model.cave and model.cave.qf(lq)
 
 
 # ------------------------------------------------------------------------------------------ profile
@@ -140,6 +145,7 @@ CLAIMS = [
 EXERCISE = "l2", JPEG_EXERCISE
 MORE = {}
 EVAL = "--qf 1 5 10 20", "--qf 1 5"
+ALSO = {"double": "--double 10 30 --qf 10 30 50 --shift 4"}
 PRINTED = {"cost": "profile --paper --size 1024 --no-time", "time": "profile --size 1024",
            "figures": "figures"}
 

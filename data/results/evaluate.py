@@ -7,9 +7,12 @@ the paper's, data/results/SCRIPT.py; here is what such tables share."""
 
 from __future__ import annotations
 
+import argparse
 import math
 import socket
+import textwrap
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -162,24 +165,26 @@ def rows_of(lq: Image.Image, restore: dict, sd: SD) -> dict[str, Image.Image]:
 
 @torch.inference_mode()
 def compare(files: list[Path], conditions: dict, restore: dict, base, metrics: Metrics, picture: Path,
-            drawn: list[str] | None = None, keep=None) -> dict:
+            drawn: list[str] | None = None, keep=None, shift: int = 0) -> dict:
     """Restores every file under every condition and averages the metrics over the files.
 
-    conditions: {name: degrade(image, file) -> image, or None where it has none of this file}; restore: {row:
-    restore(image) -> image}. Prints a table a condition, draws `picture` of the conditions `drawn` (all) and
-    returns {condition: {row: {metric: mean}}}. Rows: the degraded input; the same blurred, which any method
-    must beat; through the VAE and back; restored; the original through the VAE. What cannot be read or
-    degraded is named and left out. keep(condition, row, file, image) sees every picture."""
+    conditions: {name: degrade(image, file) -> image, or None where it has none of this file}, without the
+    image's first `shift` rows and columns; restore: {row: restore(image) -> image}. Prints a table a
+    condition, draws `picture` of the conditions `drawn` (all) and returns {condition: {row: {metric: mean}}}.
+    Rows: the degraded input; the same blurred, which any method must beat; through the VAE and back;
+    restored; the original through the VAE. What cannot be read or degraded is named and left out.
+    keep(condition, row, file, image) sees every picture."""
     sd = SD(base, with_unet=False).to(device())
     drawn = drawn or list(conditions)
     measured: dict[str, dict[str, list]] = {name: {} for name in conditions}  # a row's metrics of every file
     strips: dict[str, list] = {name: [] for name in drawn}  # about eight rows in all, each condition once
-    for file, target in readable(tqdm(files, "eval", disable=None)):
+    for file, photo in readable(tqdm(files, "eval", disable=None)):
+        target = cut(photo, shift)
         ceiling = through_vae(sd, target)
         ceiling_metrics = metrics(ceiling, target)
         for name, degrade in conditions.items():
             try:
-                if (lq := degrade(target, file)) is None:  # a condition of other files
+                if (lq := degrade(photo, file)) is None:  # a condition of other files
                     continue
                 images = rows_of(lq, restore, sd)
             except Exception as error:  # whatever it is, it ends this picture alone
@@ -208,7 +213,7 @@ def compare(files: list[Path], conditions: dict, restore: dict, base, metrics: M
 
 def row_label(text: str, height: int) -> Image.Image:
     label = Image.new("RGB", (84, height), "white")
-    ImageDraw.Draw(label).text((2, 3), text, fill="black")
+    ImageDraw.Draw(label).multiline_text((2, 3), textwrap.fill(text, 12), fill="black")
     return label
 
 
@@ -216,8 +221,18 @@ def row_label(text: str, height: int) -> Image.Image:
 
 
 def jpeg_flags(p, script) -> None:
-    p.add_argument("--qf", type=int, nargs="+", default=[5, 10, 20], help="JPEG quality factors")
+    p.add_argument("--qf", type=quality, nargs="+", default=[5, 10, 20], help="JPEG quality factors")
+    p.add_argument("--double", type=quality, nargs="+", default=[], metavar="QF",
+                   help="quality factors of a first JPEG, before each of --qf")
+    p.add_argument("--shift", type=int, choices=range(8), default=0, metavar="PX",
+                   help="rows and columns cut off after the (first) JPEG, off whose grid it then is: 0 to 7")
     p.add_argument("--against", nargs="+", type=Path, default=[], metavar="RUN", help="other models, too")
+
+
+def quality(text: str) -> int:
+    if text not in map(str, range(1, 101)):
+        raise argparse.ArgumentTypeError(f"{text}: a quality factor is from 1 to 100")
+    return int(text)
 
 
 def jpeg_table(script, args, model, files: list[Path]) -> dict:
@@ -225,9 +240,29 @@ def jpeg_table(script, args, model, files: list[Path]) -> dict:
     models = {"restored": model}
     models |= {f"by {run.name}": script.load(run, args.base) for run in args.against}
     rows = {name: without_remark(script.restorer(args, m)) for name, m in models.items()}
-    conditions = {f"JPEG QF {qf}": lambda image, _, qf=qf: jpeg(image, qf) for qf in args.qf}
     metrics = Metrics(("musiq", "maniqa", "clipiqa") if args.metrics == "all" else ())
-    return compare(files, conditions, rows, model.base, metrics, picture_of(args))
+    return compare(files, jpegs(args), rows, model.base, metrics, picture_of(args), shift=args.shift)
+
+
+def jpegs(args) -> dict:
+    """A condition a QF, cut off its grid of blocks; or a pair of QFs, the second JPEG being of the first one
+    cut, as in FBCNN's table."""
+    def once(image, _, qf):
+        return cut(jpeg(image, qf), args.shift)
+
+    def twice(image, _, first, qf):
+        return jpeg(cut(jpeg(image, first), args.shift), qf)
+    off = f" off by {args.shift}" if args.shift else ""
+    if args.double:
+        return {f"JPEG QF {first} then {qf}{off}": partial(twice, first=first, qf=qf)
+                for first in args.double for qf in args.qf}
+    return {f"JPEG QF {qf}{off}": partial(once, qf=qf) for qf in args.qf}
+
+
+def cut(image: Image.Image, shift: int) -> Image.Image:
+    """Without its first `shift` rows and columns, if it has more."""
+    left, top = (min(shift, n - 1) for n in image.size)
+    return image.crop((left, top, *image.size))
 
 
 def without_remark(restore):

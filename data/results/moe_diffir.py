@@ -361,6 +361,7 @@ MORE = {"": {"latent error, one step": "latent error"},
         "what the router's choice tells of the codec": {"excess bits": "router"}}
 EVAL = ("--codecs jpeg:5 webp:5 hevc:47 vvc:47 vvc:52 avc:47", "--codecs jpeg:5 webp:5 hevc:47 vvc:47",
         "--codecs jpeg webp hevc vvc")
+ALSO = {}
 PRINTED = {"cost": "profile --paper --size 1024 --no-time", "time": "profile --size 1024"}
 
 

@@ -414,6 +414,7 @@ EXERCISE = "random-t", {f"OSCAR {bpp}": ["PSNR", "SSIM", "detail"]
                         for bpp in ("0.0098", "0.0313", "0.0625", "0.1250")}
 MORE = {"bpp": {"F_sim(r)": "cosine", "t(r)": "t"}}
 EVAL = "", "--bpp 0.0313 0.1250"
+ALSO = {}
 PRINTED = {"cost": "profile --paper --size 768x512 --no-time", "time": "profile --size 768x512",
            "figures": "figures"}
 

@@ -74,6 +74,20 @@ def default_block(script: str, rows: list[dict]) -> str:
     return "\n\n".join(tables)
 
 
+def measured_block(row: dict) -> str:
+    """Metrics before and after restoring by the weights that ship, a line a condition."""
+    figures = row["figures"]
+    after = {condition: metrics for condition, metrics in figures.items() if "," not in condition}
+    columns = list(dict.fromkeys(m for metrics in after.values() for m in metrics))
+
+    def cells(condition):
+        pairs = ((figures[f"{condition}, compressed"].get(m), after[condition].get(m)) for m in columns)
+        return (" → ".join("-" if v is None else number([v], m) for v in pair)
+                for m, pair in zip(columns, pairs))
+    table = markdown(["", *columns], ([condition, *cells(condition)] for condition in after))
+    return f"`{row['command']}` ({row['machine']}, commit {row['commit']}), before → after:\n\n{table}"
+
+
 def ablation_block(script: str, rows: list[dict]) -> str:
     """A row a choice, then what they say of the paper's claims."""
     own = paper(script)
@@ -127,9 +141,11 @@ def blocks(script: str, rows: list[dict]) -> dict[str, str]:
     """{name: text}. What compares runs is left out, and stands on the page as it was, where these are not of
     one commit."""
     printed = [r for r in rows if "printed" in r]
-    trained = [r for r in rows if "printed" not in r]
+    also = [r for r in rows if r["choice"] in paper(script).ALSO]
+    trained = [r for r in rows if r not in printed + also]
     said = {r["choice"]: f"`{r['command']}` ({r['machine']}, commit {r['commit']}):\n\n"
                          f"```\n{r['printed']}\n```" for r in printed}
+    said |= {r["choice"]: measured_block(r) for r in also}
     said["default"] = default_block(script, trained)
     compared = {"ablations": ({r["choice"] for r in trained} - {SHIPS}, ablation_block),
                 "expected": ({DEFAULT, paper(script).EXERCISE[0]}, expected_block)}

@@ -37,6 +37,10 @@ def evaluate(script, args) -> None:
     finish(args, files, results=results, alignment=aligned, predictor=predicted)
 
 
+def restored_and_qf(script, model, lq: Image.Image) -> tuple[Image.Image, float | None]:
+    return script.restore(model, lq)[:2]
+
+
 @torch.inference_mode()
 def prompts(model, images: list[Image.Image]) -> Tensor:
     """e_img (N, 77, D_text) of pictures."""
@@ -222,6 +226,7 @@ EXERCISE = "fixed-t", JPEG_EXERCISE
 MORE = {"true QF": {"predicted QF": "predicted QF", "timestep": "timestep"},
         "rank correlation with the true QF": {"": "rank correlation"}}
 EVAL = "--qf 5 10 20", "--qf 5"
+ALSO = {}
 PRINTED = {"cost": "profile --paper --size 1024 --no-time", "time": "profile --size 1024"}
 
 
