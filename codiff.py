@@ -136,10 +136,11 @@ class CaVE(nn.Module):
 
     cell = 32
 
-    def __init__(self, widths: tuple[int, int, int, int], blocks: int):
+    def __init__(self, widths: tuple[int, int, int, int], blocks: int, crop: int = 256):
         super().__init__()
         c1, c2, c3, c4 = widths
         self.width = c4  # of a token
+        self.crop = crop  # pixels a side, of what it learns on
 
         def body(c):
             return [Residual(c) for _ in range(blocks)]
@@ -199,6 +200,12 @@ class CaVE(nn.Module):
         h = self.m_up2(h) + h1             # (B, c2, H / 2, W / 2)
         h = self.m_up1(h) + h0             # (B, c1, H, W)
         return self.qf_pred(c_L).squeeze(1), self.m_tail(h)
+
+    @torch.inference_mode()
+    def qf(self, image: Image.Image) -> float:
+        """Mean of crops as large as in training: padding shows in P, and of whole pictures QF is too low."""
+        x = common.spread_crops(image, self.crop).to(self.m_head.weight)  # (n, 3, crop, crop)
+        return 100 - 100 * self.qf_pred(self.encode((x + 1) / 2)[0]).mean().item()
 
 
 class CODiff(nn.Module):
@@ -323,7 +330,7 @@ def stage1(run, cfg: Stage1) -> None:
 def load_cave(weights: Path) -> CaVE:
     """CaVE as stage 1 of the run in the folder `weights` left it."""
     cfg, tensors, _ = Stage1.read(weights, "codiff")
-    return load_trained(CaVE(cfg.widths, cfg.blocks), tensors, weights)
+    return load_trained(CaVE(cfg.widths, cfg.blocks, cfg.crop), tensors, weights)
 
 
 # ------------------------------------------------------------------------------------------ stage 2
@@ -464,7 +471,9 @@ def restorer(args, model: CODiff | None = None):
     """What restore does, by the model of `args` or another: image -> (restored image, remark)."""
     model = model or load(args.weights, args.base)
     tiles_for = common.tool("tiles").tiling(model, args.tile)
-    return lambda image: (restore(model, image, args.color_fix, tiles_for(image.size)), "")
+    remark = common.tool("quality").remarks(args.weights)
+    return lambda image: (restore(model, image, args.color_fix, tiles_for(image.size)),
+                          remark(model.cave and model.cave.qf(image)))
 
 
 def main(argv: list[str] | None = None) -> None:

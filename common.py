@@ -332,6 +332,13 @@ def pad_to(x: Tensor, cell: int) -> Tensor:
     return F.pad(x, (0, 0, 0, down), "reflect" if down < x.shape[2] else "replicate") if down else x
 
 
+def spread_crops(image: Image.Image, size: int) -> Tensor:
+    """At most 4 x 4 crops, evenly spread and on JPEG's grid, as (n, 3, size, size) in [-1, 1]."""
+    x = pad_to(to_tensor(image)[None], size)
+    down, right = (max(size, n // 32 * 8) for n in x.shape[2:])
+    return x.unfold(2, size, down).unfold(3, size, right)[0].flatten(1, 2).transpose(0, 1)
+
+
 class Crops(torch.utils.data.Dataset):
     """Sample n of an endless stream of random crops: (size, size, 3) uint8, one of 8 dihedral views.
 

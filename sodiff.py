@@ -643,11 +643,11 @@ def restorer(args, model: SODiff | None = None):
     """What restore does, by the model of `args` or another: image -> (restored image, remark)."""
     model = model or load(args.weights, args.base)
     tiles_for = common.tool("tiles").tiling(model, args.tile)
+    remark = common.tool("quality").remarks(args.weights)
 
     def restore_and_tell(image: Image.Image) -> tuple[Image.Image, str]:
         result, qf_hat, tau = restore(model, image, tiles_for(image.size))
-        predicted = "" if qf_hat is None else f", predicted QF {qf_hat:.0f}"
-        return result, f"{predicted}, timestep {tau:.1f}"
+        return result, f"{remark(qf_hat)}, timestep {tau:.1f}"
     return restore_and_tell
 
 

@@ -25,6 +25,7 @@ import codiff
 import oscar
 from common import SD21_BASE, Settings, load_trained, trained
 from data.files import UserError, atomic, note, read_json, read_model, save_tensors, write_json
+from data.quality import RECORD
 from data.runs import CommandLine, run_cli
 
 
@@ -174,6 +175,8 @@ def convert_half(run: Path, base: str | None, out: Path) -> None:
         tensors, header = read_model(run, script, stage)
         half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
         save_tensors(out / "model" / f"stage{stage}.safetensors", half, **header)
+    if (run / RECORD).exists():
+        write_json(out / RECORD, read_json(run / RECORD))
 
 
 RELEASES = {"codiff": (convert_codiff, ["cave.pth", "codiff.pkl"]), "oscar": (convert_oscar, ["oscar.pkl"]),

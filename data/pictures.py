@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
+from data import quality
 from data.files import UserError, atomic, each_file
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # a long comment is no damage
@@ -128,6 +129,8 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 def restore_files(pairs: list[tuple[Path, Path]], restore, tiled: bool = False) -> None:
     """Every input to its output, restore(image) -> (image, remark); grey stays grey, alpha is put back."""
+    remarks = []
+
     def work(file, target, turn):
         image, alpha = read_image(file)
         with turn:
@@ -137,8 +140,13 @@ def restore_files(pairs: list[tuple[Path, Path]], restore, tiled: bool = False) 
             result = result.convert("L")
         if alpha is not None:
             result.putalpha(alpha)
-        return write_png(target, result) + remark
-    each_file(pairs, "restore", work, at_once(pairs, tiled))
+        size = write_png(target, result)
+        remarks.append(remark)
+        return size + remark
+    try:
+        each_file(pairs, "restore", work, at_once(pairs, tiled))
+    finally:
+        quality.summarise(remarks)
 
 
 def at_once(pairs: list[tuple[Path, Path]], tiled: bool) -> int:

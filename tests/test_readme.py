@@ -16,7 +16,8 @@ SCRIPTS = ("codiff", "oscar", "sodiff", "moe_diffir")
 COMMANDS = {script: ("train", "restore", "eval", "profile", "figures") for script in SCRIPTS}
 COMMANDS["oscar"] = ("train", "compress", "decompress", "eval", "profile", "figures")
 TOOLS = {"caption": [], "make_cir": [], "pieces": [], "make_tiny_sd": ["train"], "convert": ["codiff"],
-         "results.ablations": ["codiff"], "results.memory": [], "results.pages": []}  # words before --help
+         "results.ablations": ["codiff"], "results.memory": [], "results.pages": [],
+         "results.quality": ["codiff"]}  # words before --help
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", ROOT / "data" / "README.md",
                                              *sorted((ROOT / "data" / "results").glob("*.md"))]}
 README = PAGES[ROOT / "README.md"]

@@ -11,10 +11,12 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchvision.transforms.functional import gaussian_blur
 
 import codiff
+import sodiff
 from common import PHOTOS, jpeg, to_tensor
 from data import convert, files
 from data.files import ROOT, SHIPPED, load_tensors
 from data.pictures import read_image
+from data.quality import WORSE
 from data.results.evaluate import results_of
 
 CAT = read_image(PHOTOS / "val" / "chelsea.png")[0].crop((100, 40, 356, 296))
@@ -55,6 +57,18 @@ def test_they_restore_better_than_blurring(script):
         lq = jpeg(CAT, 5)
         restored = script.restore(model, lq)
         assert over_blurred_jpeg(restored[0] if isinstance(restored, tuple) else restored, lq) > 0.5
+
+
+@pytest.mark.parametrize("script", [codiff, sodiff])
+def test_where_the_jpeg_is_better_they_say_so(script):
+    args = SimpleNamespace(weights=SHIPPED / script.__name__, base=None, tile=None, color_fix="adain")
+    restore = script.restorer(args)
+    photo = CAT.crop((100, 40, 260, 200))
+    for qf, worse in ((5, False), (90, True)):
+        lq = jpeg(photo, qf)
+        restored, remark = restore(lq)
+        before, after = (np.square(np.subtract(i, photo, dtype=float)).mean() for i in (lq, restored))
+        assert (WORSE in remark) == worse == (after > before)
 
 
 def test_a_run_in_half_precision_restores_the_same(trained, tmp_path, monkeypatch, capsys):
