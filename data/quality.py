@@ -15,9 +15,9 @@ RECORD = Path("model", "quality.json")  # in a run's folder
 WORSE = "worse than the input"
 
 
-def remarks(weights: Path):
+def remarks(weights: str | Path):
     """remark(predicted QF or None) -> what restoring says of it. Weights without a record know no better."""
-    path = weights / RECORD
+    path = Path(weights) / RECORD
     record = read_json(path) if path.exists() else {"pays up to": 100, "predicted QF": [0], "gain": [0]}
     try:
         top, *curve = float(record["pays up to"]), record["predicted QF"], record["gain"]
@@ -28,7 +28,7 @@ def remarks(weights: Path):
     def remark(qf_hat: float | None) -> str:
         if qf_hat is None:
             return ""
-        loss = max(0.0, -np.interp(qf_hat, *curve))
+        loss = max(0.1, -np.interp(qf_hat, *curve))
         word = f": about {loss:.1f} dB {WORSE}" if qf_hat > top else ""
         return f", predicted QF {qf_hat:.0f}{word}"
     return remark
@@ -37,5 +37,5 @@ def remarks(weights: Path):
 def summarise(remarks: list[str]) -> None:
     """Once for all pictures: how many had better be left as they were."""
     if worse := sum(WORSE in remark for remark in remarks):
-        note(f"{worse} of {len(remarks)} restored pictures are {WORSE}: so good a JPEG had lost less than "
-             "these weights lose; keep the input")
+        note(f"{worse} of {len(remarks)} restored pictures are {WORSE}: where that is so good, these weights "
+             "take away more than they mend; keep it")

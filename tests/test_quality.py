@@ -88,6 +88,7 @@ def test_a_remark_tells_the_loss_above_the_bound_alone(tmp_path):
     assert remarks(tmp_path)(95.0) == ", predicted QF 95"  # no record: no opinion
     remark = remarks(recorded(tmp_path))
     assert remark(None) == "" and remark(20.0) == ", predicted QF 20"
+    assert remark(20.5) == f", predicted QF 20: about 0.1 dB {WORSE}"
     assert remark(40.0) == f", predicted QF 40: about 3.0 dB {WORSE}"
     assert remark(95.0) == f", predicted QF 95: about 5.0 dB {WORSE}"
 
