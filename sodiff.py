@@ -647,7 +647,8 @@ def restorer(args, model: SODiff | None = None):
 
     def restore_and_tell(image: Image.Image) -> tuple[Image.Image, str]:
         result, qf_hat, tau = restore(model, image, tiles_for(image.size))
-        return result, f"{remark(qf_hat)}, timestep {tau:.1f}"
+        predicted = "" if qf_hat is None else f", predicted QF {qf_hat:.0f}"
+        return result, f"{predicted}{remark(qf_hat)}, timestep {tau:.1f}"
     return restore_and_tell
 
 

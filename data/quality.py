@@ -18,7 +18,9 @@ WORSE = "worse than the input"
 def remarks(weights: str | Path):
     """remark(predicted QF or None) -> what restoring says of it. Weights without a record know no better."""
     path = Path(weights) / RECORD
-    record = read_json(path) if path.exists() else {"pays up to": 100, "predicted QF": [0], "gain": [0]}
+    if not path.exists():
+        return lambda qf_hat: ""
+    record = read_json(path)
     try:
         top, *curve = float(record["pays up to"]), record["predicted QF"], record["gain"]
         np.interp(top, *curve)
@@ -26,16 +28,15 @@ def remarks(weights: str | Path):
         raise UserError(f"{path}: not as data.results.quality writes it; delete it, or measure") from None
 
     def remark(qf_hat: float | None) -> str:
-        if qf_hat is None:
+        if qf_hat is None or qf_hat <= top:
             return ""
         loss = max(0.1, -np.interp(qf_hat, *curve))
-        word = f": about {loss:.1f} dB {WORSE}" if qf_hat > top else ""
-        return f", predicted QF {qf_hat:.0f}{word}"
+        return f", above QF {top:.0f}: about {loss:.1f} dB {WORSE}"
     return remark
 
 
 def summarise(remarks: list[str]) -> None:
     """Once for all pictures: how many had better be left as they were."""
     if worse := sum(WORSE in remark for remark in remarks):
-        note(f"{worse} of {len(remarks)} restored pictures are {WORSE}: where that is so good, these weights "
-             "take away more than they mend; keep it")
+        note(f"{worse} of {len(remarks)} restored pictures: {WORSE}. These weights take more from so good a "
+             "picture than they mend; keep the input")

@@ -240,6 +240,19 @@ def test_other_runs_get_rows_of_their_own(run, photos, tmp_path):
     assert rows["by run"] == rows["restored"] != rows["compressed"]
 
 
+def test_eval_takes_jpegs_of_jpegs(run, photos, tmp_path):
+    shutil.copytree(run.folder / "model", tmp_path / "model")
+    args = ["--data", photos / "cat.png", "--double", 30, "--qf", 10, "--shift", 4, "--weights", tmp_path]
+    said_by(codiff.main, ["eval", *map(str, args)], tmp_path)
+    results = json.loads((tmp_path / "metrics.json").read_text())["results"]
+    photo = np.asarray(Image.open(photos / "cat.png"))
+    twice = jpeg(Image.fromarray(np.asarray(jpeg(Image.fromarray(photo), 30))[4:, 4:]), 10)
+    error = np.square(np.subtract(twice, photo[4:, 4:], dtype=float)).mean()
+    assert [*results] == ["JPEG QF 30 then 10 off by 4"]
+    found = results["JPEG QF 30 then 10 off by 4"]["compressed"]["PSNR"]
+    assert found == pytest.approx(10 * np.log10(255**2 / error), abs=1e-3)
+
+
 def test_profile_reproduces_table_2(capsys):
     codiff.main(["profile", "--paper", "--size", "1024", "--no-time"])
     said = capsys.readouterr().out

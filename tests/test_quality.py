@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -74,6 +75,19 @@ def test_the_record_is_a_curve_by_predicted_qf_and_a_table_by_true():
     assert lines[1] == ["PSNR gained", "+2.0", "+1.0", "+0.5", "-2.8"]
 
 
+def test_what_is_measured_lies_beside_the_weights(trained, photos, tmp_path, monkeypatch, capsys):
+    shutil.copytree(trained("sodiff").folder / "model", tmp_path / "model")
+    monkeypatch.setattr(quality, "QFS", (5, 90))
+    quality.main(["sodiff", "--weights", str(tmp_path), "--data", str(photos)])
+    assert "which is right for" in capsys.readouterr().out
+    record = json.loads((tmp_path / RECORD).read_text())
+    gains = record["by QF"]["gain"]
+    assert record["JPEGs"] == 4 and gains[0] > gains[1] and remarks(tmp_path)(0.0) == ""
+    with pytest.raises(SystemExit):
+        quality.main(["oscar"])
+    assert "invalid choice: 'oscar'" in capsys.readouterr().err
+
+
 # ---- said
 
 
@@ -85,12 +99,11 @@ def recorded(folder, **changes):
 
 
 def test_a_remark_tells_the_loss_above_the_bound_alone(tmp_path):
-    assert remarks(tmp_path)(95.0) == ", predicted QF 95"  # no record: no opinion
+    assert remarks(tmp_path)(95.0) == ""  # no record: no opinion
     remark = remarks(recorded(tmp_path))
-    assert remark(None) == "" and remark(20.0) == ", predicted QF 20"
-    assert remark(20.5) == f", predicted QF 20: about 0.1 dB {WORSE}"
-    assert remark(40.0) == f", predicted QF 40: about 3.0 dB {WORSE}"
-    assert remark(95.0) == f", predicted QF 95: about 5.0 dB {WORSE}"
+    assert remark(None) == remark(20.0) == ""
+    for qf_hat, loss in ((20.5, 0.1), (40.0, 3.0), (95.0, 5.0)):
+        assert remark(qf_hat) == f", above QF 20: about {loss} dB {WORSE}"
 
 
 @pytest.mark.parametrize("changes", [{"pays up to": None}, {"gain": "x"}, {"gain": [1.0]}, {"gain": []}])
@@ -108,7 +121,7 @@ def test_a_folder_is_told_once_whatever_fails(tmp_path, capsys):
     with pytest.raises(UserError, match="1 of 4"):
         restore_files(pairs, lambda image: (image, remark(next(qfs))))
     said = capsys.readouterr()
-    assert said.out.count(WORSE) == 2 and said.err.count(f"2 of 3 restored pictures are {WORSE}") == 1
+    assert said.out.count(WORSE) == 2 and said.err.count(f"2 of 3 restored pictures: {WORSE}") == 1
     restore_files(pairs[:1], lambda image: (image, remark(10.0)))
     assert WORSE not in "".join(capsys.readouterr())
 
