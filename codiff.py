@@ -21,7 +21,6 @@ Left out: the DAPE prompt of Table 3 (another project's network).
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -440,8 +439,7 @@ def adain(x: Tensor, reference: Tensor) -> Tensor:
     """x (B, C, h, w) with each channel's mean and standard deviation changed to the reference's."""
     mean, mean_to = (m.mean((2, 3), keepdim=True) for m in (x, reference))  # (B, C, 1, 1)
     x, reference = x - mean, reference - mean_to
-    std, std_to = (torch.linalg.vector_norm(m, dim=(2, 3), keepdim=True) / math.sqrt(m[0, 0].numel())
-                   for m in (x, reference))
+    std, std_to = (m.norm(dim=(2, 3), keepdim=True) / m[0, 0].numel()**0.5 for m in (x, reference))
     return torch.addcmul(mean_to, x, std_to / std.clamp_min(1e-5))  # a flat channel stays flat
 
 
