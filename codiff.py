@@ -37,7 +37,7 @@ from common import (SD, Crops, Discriminator, Settings, add_lora, frozen, jpeg, 
 # ----------------------------------------------------------------------------------------- settings
 
 LEARNING, PROMPTS = ("dual", "explicit", "implicit"), ("cave", "learnable", "empty")
-LOSSES, DISTS = ("l2", "dists", "gan"), ("small", "vgg16")
+LOSSES = "l2", "dists", "gan"
 
 
 @dataclass
@@ -73,12 +73,11 @@ class Stage2(Settings):
     off_grid: float     = setting(0.0,      0.5,      "released code: of crops", most=1)
     prompt: str         = setting("cave",   "cave",   "Table 3", "prompt", choices=PROMPTS)
     losses: tuple       = setting(LOSSES,   LOSSES,   "Table 5: what counts", "losses", choices=LOSSES)
-    dists: str          = setting("small",  "vgg16",  "Eq. 7; 'small' needs no download", choices=DISTS)
-    lambda_P: float     = setting(0.004,    1.0,      "Sec. 4.1, Eq. 7")
-    lambda_G: float     = setting(5e-4,     5e-3,     "Sec. 4.1, Eq. 10")
+    dists: str          = setting("tiny-vgg", "vgg16", "Eq. 7")
+    lambda_P: float     = setting(1.0,      1.0,      "Sec. 4.1, Eq. 7")
+    lambda_G: float     = setting(5e-3,     5e-3,     "Sec. 4.1, Eq. 10")
     T_D: int            = setting(0,        199,      "released code: D's timestep", most=999)
     lr: float           = setting(6e-4,     5e-5,     "Sec. 4.1")
-    lead: float         = setting(0.3,      0.0,      "ours: first part of the run, of D alone", most=1)
     lr_D: float         = setting(5e-4,     5e-5,     "Sec. 4.1: one for both")
     weight_decay: float = setting(1e-5,     1e-5,     "Sec. 4.1")
     clip: float         = setting(1.0,      1.0,      "released code: gradient norm")
@@ -361,18 +360,15 @@ def stage2(run, cfg: Stage2, dists: nn.Module) -> None:
     critic = acc.unwrap_model(D)
     shape = real.latent_shape(cfg.crop)  # (C, h, w)
     gan = "gan" in cfg.losses
-    lead = int(cfg.lead * cfg.steps * gan)  # steps
     # Weights in Eqs. 7 and 10; Table 5 leaves terms out
     w = {"l2": 1.0 * ("l2" in cfg.losses), "dists": cfg.lambda_P * ("dists" in cfg.losses),
          "gan_g": cfg.lambda_G * gan}
     first = run.resume({"G": G, "D": D}, {"opt_G": opt_G, "opt_D": opt_D})
     for step, (n, x_lq, x_hq, _) in run.batches(pairs, first):
-        alone = step < lead  # D needs longer to tell real from made than G to get away from it
         logged = {}
         with acc.accumulate(G, D):
             # G: forward
-            with torch.set_grad_enabled(not alone):
-                x_hat, z_hat = G(x_lq, noise_for(n, shape, run.seed, "z_L"))  # (B, 3, H, W), (B, C, h, w)
+            x_hat, z_hat = G(x_lq, noise_for(n, shape, run.seed, "z_L"))  # (B, 3, H, W), (B, C, h, w)
             # G: losses. DIFFERS: in the release the critic's UNet runs under no_grad, which makes Eq. 8 a
             # constant for G and leaves Eq. 9 to the head; here its parameters are frozen, not its graph.
             with frozen(critic):  # until after backward: checkpointing runs its forward again there
@@ -380,17 +376,15 @@ def stage2(run, cfg: Stage2, dists: nn.Module) -> None:
                          "gan_g": loss_G(critic(z_hat, cfg.T_D))}
                 weighted = {k: w[k] * term for k, term in terms.items()}
                 loss = sum(weighted.values())  # Eq. 10
-                if step == lead:
+                if step == 0:
                     common.print_gradients(acc, step, G, weighted)
                 # G: backward
-                if not alone:
-                    acc.backward(loss)
+                acc.backward(loss)
             # G: clip, learning rate, step
-            if not alone:
-                common.clip(acc, opt_G, cfg.clip)
-                common.set_lr(opt_G, cfg.lr, step, cfg)
-                opt_G.step()
-                opt_G.zero_grad()
+            common.clip(acc, opt_G, cfg.clip)
+            common.set_lr(opt_G, cfg.lr, step, cfg)
+            opt_G.step()
+            opt_G.zero_grad()
             # D: forward, loss, backward, clip, step; at a constant rate, so that it keeps telling them apart
             if gan:
                 with torch.no_grad(), acc.autocast():
@@ -449,7 +443,7 @@ def adain(x: Tensor, reference: Tensor) -> Tensor:
 def train(args) -> None:
     cfg1, cfg2 = Stage1.of(args), Stage2.of(args)
     # Before any work, as its weights may have to be downloaded:
-    dists = common.dists_vgg16() if cfg2.dists == "vgg16" else common.dists_small()
+    dists = common.dists(cfg2.dists)
     run = common.tool("runs").Run(args, common.SD21_BASE, cfg1, cfg2)
     if args.stage == "1" or args.stage == "all" and cfg2.prompt == "cave":
         stage1(run, cfg1)

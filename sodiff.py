@@ -42,7 +42,7 @@ from common import (SD, Crops, Discriminator, Settings, UserError, frozen, jpeg,
 
 # ----------------------------------------------------------------------------------------- settings
 
-LOSSES, DISTS = ("mse", "ea", "gan"), ("small", "vgg16")
+LOSSES = "mse", "ea", "gan"
 TIMESTEPS = ("predicted", "fixed")
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
@@ -83,8 +83,8 @@ class Stage2(Settings):
     qf_max: int         = setting(95,                 95,       "Sec. 4.1", most=100)
     qf_power: float     = setting(3.0,                1.0,      "ours: QF = min + (max - min) u^power")
     losses: tuple       = setting(LOSSES,             LOSSES,   "Table 4: terms", "losses", choices=LOSSES)
-    dists: str          = setting("small",            "vgg16",  "Eq. 7; small: no download", choices=DISTS)
-    lambda_EA: float    = setting(0.002,              1.0,      "Eq. 7")
+    dists: str          = setting("tiny-vgg",         "vgg16",  "Eq. 7")
+    lambda_EA: float    = setting(1.0,                1.0,      "Eq. 7")
     alpha: float        = setting(1e-2,               1e-2,     "Sec. 4.1, Eq. 12")
     beta: float         = setting(1e-3,               1e-3,     "Sec. 4.1, Eq. 12; 0: Table 3", "beta")
     lr: float           = setting(2e-3,               1e-5,     "Sec. 4.1")
@@ -625,7 +625,7 @@ def restore(model: SODiff, image: Image.Image, tiles=whole) -> tuple[Image.Image
 def train(args) -> None:
     cfg1, cfg2 = Stage1.of(args), Stage2.of(args)
     # Before any work, as its weights may have to be downloaded:
-    dists = common.dists_vgg16() if cfg2.dists == "vgg16" else common.dists_small()
+    dists = common.dists(cfg2.dists)
     run = common.tool("runs").Run(args, common.SD21_BASE, cfg1, cfg2)
     if args.stage in ("1", "all"):
         stage1(run, cfg1)

@@ -1,5 +1,5 @@
 """The house's rules, who imports whom; then common.py against independent oracles: diffusers' schedulers,
-torchmetrics' DISTS, PEFT unfused, closed forms."""
+torchmetrics' DISTS, lpips' LPIPS, PEFT unfused, closed forms."""
 
 import ast
 import importlib
@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import tomllib
+import warnings
 from importlib.metadata import packages_distributions
 
 import numpy as np
@@ -19,14 +20,15 @@ import torchvision
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 from PIL import Image
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import codiff
 import common
-from common import (SD, STREAMS, TINY_SD, Crops, Discriminator, Settings, add_lora, dists_small,
-                    dists_vgg16, for_inference, frozen, jpeg, load_trained, noise_for, pad_to, set_lr,
-                    text_tokens, to_image, to_tensor, trained)
-from conftest import CAT, SCRIPTS, moved_by, tops
+from common import (SD, STREAMS, TINY_SD, Crops, Discriminator, Settings, add_lora, dists, for_inference,
+                    frozen, jpeg, load_trained, noise_for, pad_to, set_lr, text_tokens, to_image,
+                    to_tensor, trained)
+from conftest import CAT, SCRIPTS, moved_by, published_lpips, tops
 from data.files import ROOT, UserError, load_part, load_tensors, save_tensors
 
 # ---- the house
@@ -287,18 +289,44 @@ def test_dists_equals_torchmetrics_with_the_same_vgg(monkeypatch):
     x = torch.rand(2, 3, 64, 80)
     y = (x + 0.2 * torch.randn_like(x)).clamp(0, 1)
     expected = reference_dists.deep_image_structure_and_texture_similarity(x, y)
-    got = dists_vgg16()(x * 2 - 1, y * 2 - 1)
+    got = dists("vgg16")(x * 2 - 1, y * 2 - 1)
     assert got.shape == (2,) and torch.allclose(got, expected, atol=1e-5)
 
 
-def test_small_dists_is_a_distance_with_a_gradient_and_no_trainable_weight():
-    d, x = dists_small(), torch.rand(2, 3, 48, 48) * 2 - 1
+@pytest.mark.parametrize("net, kind", [("vgg16", "vgg"), ("tiny-alex", "alex")])
+def test_lpips_equals_the_lpips_package_on_the_same_network(net, kind, monkeypatch):
+    """tiny-alex in the published network's place: of its widths are lpips' convolutions and weights, too."""
+    torch.manual_seed(0)
+    vgg = torchvision.models.vgg16(weights=None)
+    monkeypatch.setattr(torchvision.models, "vgg16", lambda weights=None, **_: vgg)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lpips calls torchvision by an old keyword
+        reference = published_lpips(net=kind, pnet_rand=True, verbose=False)
+    ours = common.lpips(net)
+    convs, own = ([m for m in n.modules() if isinstance(m, nn.Conv2d)] for n in (reference.net, ours.blocks))
+    for a, b in zip(convs, own, strict=True):
+        a.weight, a.bias = b.weight, b.bias
+    if net == "tiny-alex":
+        for lin, w in zip(reference.lins, ours.lin, strict=True):
+            lin.model[-1].weight = w
+    x = torch.rand(2, 3, 64, 80) * 2 - 1
+    y = (x + 0.2 * torch.randn_like(x)).clamp(-1, 1)
+    assert torch.allclose(ours(x, y), reference.eval()(x, y).flatten(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("distance", [dists, common.lpips])
+def test_tiny_networks_give_a_distance_with_a_gradient_and_no_trainable_weight(distance):
+    d, x = distance("tiny-vgg"), torch.rand(2, 3, 48, 48) * 2 - 1
     assert d(x, x).abs().max() < 1e-5 and not any(p.requires_grad for p in d.parameters())
     noisy = (x + 0.1 * torch.randn_like(x)).requires_grad_()
     assert (d(noisy, x) > 1e-3).all() and (d(noisy + torch.randn_like(x), x) > d(noisy, x)).all()
     d(noisy, x).mean().backward()
     assert noisy.grad.abs().sum() > 0
-    assert torch.equal(dists_small()(noisy, x), d(noisy, x))  # the seed fixes its weights
+    black = torch.full_like(x, -1).requires_grad_()
+    d(black, x).mean().backward()
+    assert black.grad.isfinite().all()
+    with pytest.raises(UserError, match="small: no network for DISTS or LPIPS; choose vgg16 or tiny-vgg"):
+        distance("small")
 
 
 # ---- discriminator

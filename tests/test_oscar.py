@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import oscar
-from common import PHOTOS, SD, TINY_SD, Discriminator, dists_small, frozen, load_trained, rng, to_tensor
+from common import PHOTOS, SD, TINY_SD, Discriminator, frozen, load_trained, rng, to_tensor
 from conftest import (CAT, alpha_bars, are_binary_cross_entropy, before_stage_2, moved_by, rows_of, said_by,
                       tops, train_args)
 from data import make_cir, speed
@@ -284,7 +284,7 @@ def test_nothing_needs_float64(run):
 
 
 def test_losses_equal_their_formulas_and_sobel_is_scipys():
-    z_0, z, dists = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5), dists_small()
+    z_0, z, dists = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5), common.dists("tiny-vgg")
     vectors = (t.permute(0, 2, 3, 1).reshape(-1, 4).numpy() for t in (z_0, z))
     by_hand = [np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(*vectors)]
     assert oscar.loss_sim(z_0, z).item() == pytest.approx(-np.mean(by_hand), abs=1e-6)
@@ -300,7 +300,7 @@ def test_losses_equal_their_formulas_and_sobel_is_scipys():
 def test_each_stage_2_term_moves_its_rates_hyper_encoder_lora_and_prompt_and_nothing_else():
     """Nor does their sum leave the discriminator a gradient, nor its own loss the generator."""
     generator = OSCAR(TINY_SD, Stage1(N=16, M=16, D=8)).add_lora(4).train()
-    D, dists, x = Discriminator(TINY_SD, 4), dists_small(), torch.rand(1, 3, 64, 64) * 2 - 1
+    D, dists, x = Discriminator(TINY_SD, 4), common.dists("tiny-vgg"), torch.rand(1, 3, 64, 64) * 2 - 1
     z_0 = generator.sd.encode(x)
     z_tilde, l_vq, z_hat, x_hat = generator(z_0, 4)
     with frozen(D):

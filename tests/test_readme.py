@@ -15,8 +15,8 @@ from data.results.tables import paper
 SCRIPTS = ("codiff", "oscar", "sodiff", "moe_diffir")
 COMMANDS = {script: ("train", "restore", "eval", "profile", "figures") for script in SCRIPTS}
 COMMANDS["oscar"] = ("train", "compress", "decompress", "eval", "profile", "figures")
-TOOLS = {"caption": [], "make_cir": [], "pieces": [], "make_tiny_sd": ["train"], "convert": ["codiff"],
-         "results.ablations": ["codiff"], "results.memory": [], "results.pages": [],
+TOOLS = {"caption": [], "make_cir": [], "pieces": [], "make_tiny_sd": ["train"], "make_tiny_nets": [],
+         "convert": ["codiff"], "results.ablations": ["codiff"], "results.memory": [], "results.pages": [],
          "results.quality": ["codiff"]}  # words before --help
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", ROOT / "data" / "README.md",
                                              *sorted((ROOT / "data" / "results").glob("*.md"))]}

@@ -11,9 +11,10 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
+import common
 import oscar
 import sodiff
-from common import PHOTOS, SD, TINY_SD, dists_small, frozen, jpeg, text_tokens, to_image, to_tensor
+from common import PHOTOS, SD, TINY_SD, frozen, jpeg, text_tokens, to_image, to_tensor
 from conftest import (CAT, alpha_bars, are_binary_cross_entropy, before_stage_2, moved_by, rows_of, said_by,
                       tops, train_args)
 from data import caption
@@ -249,7 +250,7 @@ def test_losses_equal_their_formulas():
     assert sodiff.loss_rec(x, y) == pytest.approx(np.abs(x.numpy() - y.numpy()).mean() / 2, rel=1e-5)
     assert sodiff.loss_mse(x, y) == pytest.approx(((x.numpy() - y.numpy())**2).mean() / 4, rel=1e-5)
     assert sodiff.loss_qf(torch.tensor([10.0, 50.0]), torch.tensor([20.0, 45.0])) == 7.5
-    dists = dists_small()
+    dists = common.dists("tiny-vgg")
     assert sodiff.loss_ea(dists, x, x) == pytest.approx(0, abs=1e-5)
     assert torch.equal(sobel(x), oscar.sobel(x))  # tested there
     both = dists(sobel(x), sobel(y)).mean() + dists(x, y).mean()
@@ -258,7 +259,7 @@ def test_losses_equal_their_formulas():
 
 
 def test_each_stage2_loss_moves_lora_and_predictor_and_nothing_else(generator):
-    D, dists = NoisedDiscriminator(TINY_SD, 4, generator.sd), dists_small()
+    D, dists = NoisedDiscriminator(TINY_SD, 4, generator.sd), common.dists("tiny-vgg")
     x, z = torch.rand(2, 3, 64, 64) * 2 - 1, torch.randn(2, 16, 8, 8)
     x_hat, z_hat, e_img, qf_hat, tau = generator(x, z, gumbel_for(torch.arange(2), 1000, 0, "gumbel"))
     t = torch.tensor([5, 700])

@@ -30,6 +30,7 @@ from data.runs import CommandLine, name_of
 
 # -------------------------------------------------------------------------------------- metrics
 
+TINY_LPIPS = "tiny LPIPS"
 DEFINITIONS = {  # in every metrics.json, and on a result page
     "PSNR": "from the mean squared error over all pixels and the three channels.",
     "PSNR-B": "from that error plus luma's blocking effect factor (Yim and Bovik 2011). As in FBCNN's code "
@@ -37,30 +38,31 @@ DEFINITIONS = {  # in every metrics.json, and on a result page
               "a grey original from 0 to 255.",
     "SSIM": "the mean over the three channels and all positions whose window, 11x11, Gaussian, sigma 1.5, "
             "lies inside the picture.",
+    TINY_LPIPS: "LPIPS (Zhang et al. 2018) on data/tiny-alex, AlexNet in miniature, which no loss uses; its "
+                "values do not compare with LPIPS'.",
     "FID": "between the pictures of one condition and their originals, each once. Of several conditions (a "
            "codec's levels, all tasks) the mean."}
 
 
 class Metrics:
-    """Full-reference metrics on the 8-bit images that a user gets. `names` is the table's header; a value
-    is None where its network's weights are not to be had."""
+    """Full-reference metrics on the 8-bit images that a user gets. `names` is the table's header."""
 
     def __init__(self, extra: tuple[str, ...] = (), net: str = "Alex"):
-        """`extra`: metrics of pyiqa; `net`: LPIPS' backbone, Alex or VGG; their values do not compare."""
-        self.lpips = None
-        self.dists = None
+        """`extra`: metrics of pyiqa; `net`: LPIPS' backbone, Alex or VGG; their values do not compare.
+        LPIPS and DISTS are measured where their networks' weights are to be had."""
+        self.deep = {TINY_LPIPS: common.lpips("tiny-alex").to(device())}
         try:
             import lpips
             socket.setdefaulttimeout(8)  # a download that gets no answer fails after seconds
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # lpips calls torchvision by an old keyword
-                self.lpips = lpips.LPIPS(net=net.lower(), verbose=False).to(device())
-            self.dists = common.dists_vgg16().to(device())
+                self.deep[f"LPIPS-{net}"] = lpips.LPIPS(net=net.lower(), verbose=False).to(device())
+            self.deep["DISTS"] = common.dists("vgg16").to(device())
         except Exception as error:
             why = (str(error) or type(error).__name__).splitlines()[0]
-            note(f"LPIPS and DISTS show as '-', since their networks' weights are not to be had: {why}")
+            note(f"without LPIPS and DISTS, whose networks' weights are not to be had: {why}")
         self.extra = {k: pyiqa_metric(k) for k in extra}
-        self.names = ["PSNR", "PSNR-B", "SSIM", "detail", "grid Y", "grid C", f"LPIPS-{net}", "DISTS",
+        self.names = ["PSNR", "PSNR-B", "SSIM", "detail", "grid Y", "grid C", *self.deep,
                       *(k.upper() for k in extra)]
 
     @torch.inference_mode()
@@ -74,7 +76,7 @@ class Metrics:
         if side > 10:  # at the border torchmetrics reflects the picture
             ssim = structural_similarity_index_measure(x, y, data_range=255.0, return_full_image=True)[1]
             ssim = ssim[..., 5:-5, 5:-5].mean()
-        deep = [net(xn, yn) if net and side >= 32 else None for net in (self.lpips, self.dists)]
+        deep = [net(xn, yn) if side >= 32 else None for net in self.deep.values()]
         values = [peak_signal_noise_ratio(x, y, data_range=255.0), psnr_b(x, y), ssim,
                   detail(luma(x), luma(y)), *block_grid(image), *deep]
         values += [metric((xn + 1) / 2) for metric in self.extra.values()]

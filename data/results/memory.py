@@ -157,10 +157,9 @@ def replaced(script):
 
 def peaks(script, cfg, sizes: tuple[int, int]) -> tuple[float, float]:
     """The most GiB that a stage with the settings `cfg` takes, for micro-batches of two sizes."""
-    import lpips
     stage = getattr(script, f"stage{cfg.number}")
-    given = {"dists": common.dists_vgg16, "cfg1": script.Stage1.paper,
-             "lpips": lambda: lpips.LPIPS(pretrained=False, pnet_rand=True, net="vgg").requires_grad_(False),
+    given = {"dists": lambda: common.dists("vgg16"), "cfg1": script.Stage1.paper,
+             "lpips": lambda: common.lpips("vgg16"),
              "benchmark": lambda: {photo: [(0, photo)] for photo in files.list_images([PHOTOS / "train"])}}
     run = DryRun(memory := Peak(), sizes)
     with contextlib.ExitStack() as stack:

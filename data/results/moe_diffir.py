@@ -332,8 +332,9 @@ def draw_router(share: Tensor, tasks: list[str], apart: Tensor, codecs: list[str
 
 TITLE = "MoE-DiffIR"
 COST = "1.750 G, 298 T (200 steps)"
-TABLE = [(task, "PSNR") for task in ("jpeg:5", "webp:5", "hevc:47", "vvc:47", "vvc:52", "avc:47")]
-COLUMNS = TABLE[:4]
+TASKS = "jpeg:5", "webp:5", "hevc:47", "vvc:47", "vvc:52", "avc:47"
+TABLE = [*((task, "PSNR") for task in TASKS), *((task, "tiny LPIPS") for task in TASKS[:3])]
+COLUMNS = [(task, metric) for metric in ("PSNR", "tiny LPIPS") for task in TASKS[:4]]
 CONDITION = "jpeg:5"
 CHOICES = [
     Choice(DEFAULT, "", "MoE-Prompt, V2T, DP; N 7, K 3"),

@@ -392,7 +392,7 @@ def print_cosines(script, model, table: dict, z: list[Tensor], data: list[Path])
 TITLE = "OSCAR"
 COST = "0.977 G, 8.60 T"
 SHOWN = ("OSCAR 0.0313", "OSCAR 0.1250")
-COLUMNS = [(condition, metric) for condition in SHOWN for metric in ("PSNR", "SSIM", "detail")]
+COLUMNS = [(condition, metric) for condition in SHOWN for metric in ("PSNR", "SSIM", "tiny LPIPS", "detail")]
 CONDITION = "OSCAR 0.1250"
 CHOICES = [
     Choice(DEFAULT, "", "alignment, measured mapping, all losses"),
@@ -410,7 +410,7 @@ CLAIMS = [
     Claim("a measured mapping is better than a random one", DEFAULT, "random-t", "Fig. 7, curves"),
     Claim("L_EA-DISTS brings detail", DEFAULT, "no-L_EA", "Fig. 7, curves", "detail"),
     Claim("so does the GAN loss", DEFAULT, "no-L_G", "Fig. 7, curves", "detail")]
-EXERCISE = "random-t", {f"OSCAR {bpp}": ["PSNR", "SSIM", "detail"]
+EXERCISE = "random-t", {f"OSCAR {bpp}": ["PSNR", "SSIM", "tiny LPIPS", "detail"]
                         for bpp in ("0.0098", "0.0313", "0.0625", "0.1250")}
 MORE = {"bpp": {"F_sim(r)": "cosine", "t(r)": "t"}}
 EVAL = "", "--bpp 0.0313 0.1250"
@@ -428,7 +428,7 @@ def more_figures(metrics: dict, run: Path | None) -> dict:
 
 def default_table(rows: list[dict]) -> str:
     conditions = dict.fromkeys(c for r in rows for c, v in r["figures"].items() if "PSNR" in v)
-    metrics = ("PSNR", "SSIM", "detail")
+    metrics = ("PSNR", "SSIM", "tiny LPIPS", "detail")
     lines = []
     for condition in conditions:
         cells = [cell(rows, DEFAULT, condition, metric) for metric in ("bpp", *metrics)]
