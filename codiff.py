@@ -77,7 +77,7 @@ class Stage2(Settings):
     lambda_P: float     = setting(1.0,      1.0,      "Sec. 4.1, Eq. 7")
     lambda_G: float     = setting(5e-3,     5e-3,     "Sec. 4.1, Eq. 10")
     T_D: int            = setting(0,        199,      "released code: D's timestep", most=999)
-    lr: float           = setting(6e-4,     5e-5,     "Sec. 4.1")
+    lr: float           = setting(2e-3,     5e-5,     "Sec. 4.1")
     lr_D: float         = setting(5e-4,     5e-5,     "Sec. 4.1: one for both")
     weight_decay: float = setting(1e-5,     1e-5,     "Sec. 4.1")
     clip: float         = setting(1.0,      1.0,      "released code: gradient norm")

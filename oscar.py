@@ -97,7 +97,7 @@ class Stage2(Settings):
     losses: tuple       = setting(LOSSES,     LOSSES,   "Fig. 7: what counts", "losses", choices=LOSSES)
     dists: str          = setting("tiny-vgg", "vgg16",  "Eq. 15")
     lambda_repa: float  = setting(1.0,        1.0,      "Eq. 14, printed without a weight")
-    lambda_dists: float = setting(1.0,        1.0,      "Eq. 15, printed without weights: both DISTS terms")
+    lambda_dists: float = setting(0.05,       1.0,      "Eq. 15, printed without weights: both DISTS terms")
     lambda_1: float     = setting(1.0,        1.0,      "Sec. 4.1, Eq. 14")
     lambda_2: float     = setting(5e-3,       5e-3,     "Sec. 4.1, Eq. 14")
     rank: int           = setting(16,         16,       "Sec. 4.1", least=1)

@@ -84,7 +84,7 @@ class Stage2(Settings):
     qf_power: float     = setting(3.0,                1.0,      "ours: QF = min + (max - min) u^power")
     losses: tuple       = setting(LOSSES,             LOSSES,   "Table 4: terms", "losses", choices=LOSSES)
     dists: str          = setting("tiny-vgg",         "vgg16",  "Eq. 7")
-    lambda_EA: float    = setting(1.0,                1.0,      "Eq. 7")
+    lambda_EA: float    = setting(0.02,               1.0,      "Eq. 7")
     alpha: float        = setting(1e-2,               1e-2,     "Sec. 4.1, Eq. 12")
     beta: float         = setting(1e-3,               1e-3,     "Sec. 4.1, Eq. 12; 0: Table 3", "beta")
     lr: float           = setting(2e-3,               1e-5,     "Sec. 4.1")

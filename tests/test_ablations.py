@@ -40,9 +40,9 @@ def test_claims_compare_choices(script):
 
 
 def rows_of(**values):
-    """{choice: PSNR of seeds 0, 1, ...}"""
-    return [{"choice": name, "seed": seed, "figures": {"QF": {"PSNR": v}}} for name, vs in values.items()
-            for seed, v in enumerate(vs) if v is not None]
+    """{choice: PSNR and tiny LPIPS of seeds 0, 1, ...}"""
+    return [{"choice": name, "seed": seed, "figures": {"QF": {"PSNR": v, seeds.TINY_LPIPS: v}}}
+            for name, vs in values.items() for seed, v in enumerate(vs) if v is not None]
 
 
 def test_differences_are_taken_seed_by_seed():
@@ -60,11 +60,12 @@ def test_apart_is_a_paired_t_test():
 
 
 def test_verdicts():
-    def said(better, worse):
-        return verdict(Claim("a is better", "a", "b", ""), rows_of(a=better, b=worse), "QF")[2:]
+    def said(better, worse, metric="PSNR"):
+        return verdict(Claim("a is better", "a", "b", "", metric), rows_of(a=better, b=worse), "QF")[2:]
     told = ["QF: PSNR 3.10 ± 0.10 (**+1.00**), 2.10 ± 0.10", "**reproduced**"]
     assert said([3, 3.2, 3.1], [2, 2.2, 2.11]) == told
     assert said([2, 2.2, 2.11], [3, 3.2, 3.1])[1] == "**reversed**"
+    assert said([2, 2.2, 2.11], [3, 3.2, 3.1], seeds.TINY_LPIPS)[1] == "**reproduced**"  # less is better
     assert said([2, 4, 3], [1, 2.5, 3.5])[1] == "not told apart"
     assert said([2], [1])[1] == "one seed: not known" and said([], [1])[1] == "not run"
 

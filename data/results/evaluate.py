@@ -24,13 +24,13 @@ from tqdm import tqdm
 import common
 from common import PHOTOS, SD, device, jpeg, pad_to, to_image, to_tensor
 from data.files import ROOT, SHIPPED, UserError, note, reason, write_json
+from data.results.seeds import TINY_LPIPS
 from data.results.tables import (centre, comparison_picture, mean, means, paper, peak_memory, read_all,
                                  readable, text_table)
 from data.runs import CommandLine, name_of
 
 # -------------------------------------------------------------------------------------- metrics
 
-TINY_LPIPS = "tiny LPIPS"
 DEFINITIONS = {  # in every metrics.json, and on a result page
     "PSNR": "from the mean squared error over all pixels and the three channels.",
     "PSNR-B": "from that error plus luma's blocking effect factor (Yim and Bovik 2011). As in FBCNN's code "

@@ -20,7 +20,7 @@ from data.pictures import read_image
 from data.results.complexity import Parts, empty_latent, print_profile, vae_parts
 from data.results.evaluate import Metrics, compare, finish, padded, picture_of, pyiqa_metric
 from data.results.figures import panels, save
-from data.results.seeds import DEFAULT, Choice, Claim, restored_headline, restored_table
+from data.results.seeds import DEFAULT, TINY_LPIPS, Choice, Claim, restored_headline, restored_table
 from data.results.tables import centre, mean, means, no_flags, plural, readable, save_png, text_table
 from data.tiles import tiling
 
@@ -333,8 +333,8 @@ def draw_router(share: Tensor, tasks: list[str], apart: Tensor, codecs: list[str
 TITLE = "MoE-DiffIR"
 COST = "1.750 G, 298 T (200 steps)"
 TASKS = "jpeg:5", "webp:5", "hevc:47", "vvc:47", "vvc:52", "avc:47"
-TABLE = [*((task, "PSNR") for task in TASKS), *((task, "tiny LPIPS") for task in TASKS[:3])]
-COLUMNS = [(task, metric) for metric in ("PSNR", "tiny LPIPS") for task in TASKS[:4]]
+TABLE = [*((task, "PSNR") for task in TASKS), *((task, TINY_LPIPS) for task in TASKS[:3])]
+COLUMNS = [(task, metric) for metric in ("PSNR", TINY_LPIPS) for task in TASKS[:4]]
 CONDITION = "jpeg:5"
 CHOICES = [
     Choice(DEFAULT, "", "MoE-Prompt, V2T, DP; N 7, K 3"),
@@ -353,7 +353,7 @@ CLAIMS = [
     Claim("MoE-Prompt is better than their plain mixture", "moe", "multiple", "29.02, 28.98 dB"),
     Claim("the prior DP raises fidelity", "moe-dp", "moe", "29.07, 29.02 dB",
           but="the tiny run's prior is a classifier trained on the tasks"),
-    Claim("the adapter brings detail", "moe-v2t", "moe", "LPIPS 0.1145, 0.1179", "detail"),
+    Claim("the adapter brings detail", "moe-v2t", "moe", "LPIPS 0.1145, 0.1179", TINY_LPIPS),
     Claim("one expert cannot model all tasks", DEFAULT, "N1-K1", "Fig. 6a, curves"),
     Claim("fourteen are harder to train than seven", DEFAULT, "N14-K3", "Fig. 6a, curves"),
     Claim("choosing one instead of three raises PSNR", "N7-K1", DEFAULT, "Fig. 6b, curves")]

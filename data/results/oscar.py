@@ -23,7 +23,7 @@ from data.files import ROOT, UserError, atomic, list_images, note, read_json, re
 from data.results.complexity import Parts, count, empty_latent, macs, print_profile, random_picture, vae_parts
 from data.results.evaluate import Metrics, finish, padded, picture_of, results_of, through_vae
 from data.results.figures import panels, pyplot, save, smoothed
-from data.results.seeds import DEFAULT, NAMED, SHIPS, Choice, Claim, cell, markdown
+from data.results.seeds import DEFAULT, NAMED, SHIPS, TINY_LPIPS, Choice, Claim, cell, markdown
 from data.results.tables import centre, comparison_picture, means, no_flags, read_all, readable, text_table
 from data.tiles import tiling
 
@@ -392,7 +392,7 @@ def print_cosines(script, model, table: dict, z: list[Tensor], data: list[Path])
 TITLE = "OSCAR"
 COST = "0.977 G, 8.60 T"
 SHOWN = ("OSCAR 0.0313", "OSCAR 0.1250")
-COLUMNS = [(condition, metric) for condition in SHOWN for metric in ("PSNR", "SSIM", "tiny LPIPS", "detail")]
+COLUMNS = [(condition, metric) for condition in SHOWN for metric in ("PSNR", "SSIM", TINY_LPIPS, "detail")]
 CONDITION = "OSCAR 0.1250"
 CHOICES = [
     Choice(DEFAULT, "", "alignment, measured mapping, all losses"),
@@ -408,9 +408,9 @@ CLAIMS = [
     Claim("also where stage 2 gets stage 1's time", DEFAULT, "no-alignment-long", "our check", but=MISSING),
     Claim("so does the cosine L_sim alone", DEFAULT, "no-L_sim", "Fig. 7, curves"),
     Claim("a measured mapping is better than a random one", DEFAULT, "random-t", "Fig. 7, curves"),
-    Claim("L_EA-DISTS brings detail", DEFAULT, "no-L_EA", "Fig. 7, curves", "detail"),
-    Claim("so does the GAN loss", DEFAULT, "no-L_G", "Fig. 7, curves", "detail")]
-EXERCISE = "random-t", {f"OSCAR {bpp}": ["PSNR", "SSIM", "tiny LPIPS", "detail"]
+    Claim("L_EA-DISTS brings detail", DEFAULT, "no-L_EA", "Fig. 7, curves", TINY_LPIPS),
+    Claim("so does the GAN loss", DEFAULT, "no-L_G", "Fig. 7, curves", TINY_LPIPS)]
+EXERCISE = "random-t", {f"OSCAR {bpp}": ["PSNR", "SSIM", TINY_LPIPS, "detail"]
                         for bpp in ("0.0098", "0.0313", "0.0625", "0.1250")}
 MORE = {"bpp": {"F_sim(r)": "cosine", "t(r)": "t"}}
 EVAL = "", "--bpp 0.0313 0.1250"
@@ -428,7 +428,7 @@ def more_figures(metrics: dict, run: Path | None) -> dict:
 
 def default_table(rows: list[dict]) -> str:
     conditions = dict.fromkeys(c for r in rows for c, v in r["figures"].items() if "PSNR" in v)
-    metrics = ("PSNR", "SSIM", "tiny LPIPS", "detail")
+    metrics = ("PSNR", "SSIM", TINY_LPIPS, "detail")
     lines = []
     for condition in conditions:
         cells = [cell(rows, DEFAULT, condition, metric) for metric in ("bpp", *metrics)]

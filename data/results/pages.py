@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import mean
 
 from data.files import ROOT, UserError, atomic, note, read_json
-from data.results.seeds import (DEFAULT, NAMED, SHIPS, Claim, cell, differences, differs, markdown, number,
-                                values)
+from data.results.seeds import (DEFAULT, NAMED, SHIPS, TINY_LPIPS, Claim, cell, differences, differs,
+                                markdown, number, values)
 from data.results.tables import HERE, paper, papers, plural
 from data.runs import CommandLine, run_cli
 
@@ -121,7 +121,8 @@ def verdict(claim: Claim, rows: list[dict], condition: str) -> list[str]:
         said = "one seed: not known"
     else:
         same = f"same sign, but {claim.but}" if claim.but else "**reproduced**"
-        said = "not told apart" if not apart else same if mean(pairs) > 0 else "**reversed**"
+        for_it = mean(pairs) < 0 if claim.metric == TINY_LPIPS else mean(pairs) > 0
+        said = "not told apart" if not apart else same if for_it else "**reversed**"
     here = f"{number(a, claim.metric, pairs)}, {number(b, claim.metric)}"
     return [claim.says, claim.paper, f"{condition}: {claim.metric} {here}", said]
 

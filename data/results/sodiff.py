@@ -18,8 +18,8 @@ from data.pictures import read_image
 from data.results.complexity import Parts, empty_latent, print_profile, vae_parts
 from data.results.evaluate import finish, jpeg_flags, jpeg_table, jpegs_by_qf, padded
 from data.results.figures import panels, principal_components, save
-from data.results.seeds import (DEFAULT, JPEG_EXERCISE, JPEG_TABLE, QF_5, Choice, Claim, restored_headline,
-                                restored_table)
+from data.results.seeds import (DEFAULT, JPEG_EXERCISE, JPEG_TABLE, QF_5, TINY_LPIPS, Choice, Claim,
+                                restored_headline, restored_table)
 from data.results.tables import no_flags, text_table
 
 # --------------------------------------------------------------------------------------------- eval
@@ -217,11 +217,12 @@ CHOICES = [
     Choice("no-L_qf", "--beta 0", "Table 3", 2), Choice("no-L_EA", "--losses mse,gan", "Table 4", 2),
     Choice("no-L_G", "--losses mse,ea", "Table 4", 2)]
 CLAIMS = [
-    Claim("alignment with text guides better", DEFAULT, "no-align", "DISTS 0.0862, 0.1261"),
-    Claim("a predicted timestep is better than a fixed one", DEFAULT, "fixed-t", "LPIPS 0.3124, 0.3779"),
-    Claim("learning QF helps it", DEFAULT, "no-L_qf", "LPIPS 0.3124, 0.3270"),
-    Claim("L_EA keeps edges", DEFAULT, "no-L_EA", "DISTS 0.1558, 0.2475", "detail"),
-    Claim("the GAN loss adds texture", DEFAULT, "no-L_G", "MUSIQ 69.6, 58.1", "detail")]
+    Claim("alignment with text guides better", DEFAULT, "no-align", "DISTS 0.0862, 0.1261", TINY_LPIPS),
+    Claim("a predicted timestep is better than a fixed one", DEFAULT, "fixed-t", "LPIPS 0.3124, 0.3779",
+          TINY_LPIPS),
+    Claim("learning QF helps it", DEFAULT, "no-L_qf", "LPIPS 0.3124, 0.3270", TINY_LPIPS),
+    Claim("L_EA keeps edges", DEFAULT, "no-L_EA", "DISTS 0.1558, 0.2475", TINY_LPIPS),
+    Claim("the GAN loss adds texture", DEFAULT, "no-L_G", "MUSIQ 69.6, 58.1", TINY_LPIPS)]
 EXERCISE = "fixed-t", JPEG_EXERCISE
 MORE = {"true QF": {"predicted QF": "predicted QF", "timestep": "timestep"},
         "rank correlation with the true QF": {"": "rank correlation"}}
