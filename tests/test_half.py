@@ -18,7 +18,8 @@ from data.tiles import Tiles, untiled
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 STAGES = ["--s1-steps", 2, "--s2-steps", 2, "--s1-accumulate", 2, "--s2-accumulate", 2]
 # Rounding gives 1 to 3 of OSCAR's 64 positions another code, hence its larger crop.
-FLAGS = {"codiff": ["--s2-checkpointing", "--s1-widths", "16,16,24,32"], "sodiff": ["--s2-checkpointing"],
+FLAGS = {"codiff": ["--s2-checkpointing", "--s1-widths", "16,16,24,32", "--s2-lr", 6e-4],
+         "sodiff": ["--s2-checkpointing"],
          "oscar": ["--s2-checkpointing", "--s2-crop", 128, "--s2-batch", 4, "--s1-lr", 1e-3, "--s1-ema", 0.9,
                    "--s1-lambda-z", 1],
          "moe_diffir": ["--cache-latents", 4, "--codecs", "jpeg"]}

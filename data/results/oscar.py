@@ -139,7 +139,7 @@ def curve(results: dict, codec: str, metric: str) -> list[tuple[float, float]]:
 
 def draw_curve(results: dict, models: list[str], target: Path) -> Path:
     """Figs. 5 and 7b: a panel for each metric that could be measured, against true bits per pixel."""
-    names = ("PSNR", "SSIM", "LPIPS-VGG", "DISTS", "MUSIQ", "CLIPIQA")
+    names = ("PSNR", "SSIM", TINY_LPIPS, "LPIPS-VGG", "DISTS", "MUSIQ", "CLIPIQA")
     names = [k for k in names if results["VAE alone"].get(k) is not None]
     lines = {model: {"marker": "o"} for model in models}
     lines |= {kind: {"marker": m, "color": "gray"} for kind, m in zip([*CLASSICAL, *QPS], "sv^Dp")}
