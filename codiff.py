@@ -3,14 +3,14 @@
     x_lq -> VAE enc (LoRA) -> z_L -> UNet (LoRA; t = T_L, prompt c_L) -> Eq. 1 -> z_hat -> VAE dec -> x_hat
        \\-> CaVE (stage 1; frozen in stage 2) -> tokens -> linear -> c_L
 
-| paper    | code       | shape                | range                                            |
-| -------- | ---------- | -------------------- | ------------------------------------------------ |
-| I_L, I_H | x_lq, x_hq | (B, 3, H, W)         | [-1, 1]; the JPEG and its original               |
-| c_L      | c_L        | (B, H W / 1024, 512) | CaVE's tokens; after the linear map (.., D_text) |
-| z_L, z_H | z_L, z_H   | (B, C, H / 8, W / 8) | latents of both, scaling factor applied          |
-| z_hat_H  | z_hat      | as z_L               | one-step estimate of the original's latent       |
-| T_L      | T_L        | integer              | timestep at which the JPEG's latent enters       |
-| QF       | q          | (B,)                 | (100 - QF) / 100, in (0, 1)                      |
+| paper    | code       | shape                   | range                                                    |
+| -------- | ---------- | ----------------------- | -------------------------------------------------------- |
+| I_L, I_H | x_lq, x_hq | (B, 3, H, W)            | [-1, 1]; the JPEG and its original                       |
+| c_L      | c_L        | (B, H W / 1024, D_text) | CaVE's tokens (512 wide in the paper) after a linear map |
+| z_L, z_H | z_L, z_H   | (B, C, H / 8, W / 8)    | latents of both, scaling factor applied                  |
+| z_hat_H  | z_hat      | as z_L                  | one-step estimate of the original's latent               |
+| T_L      | T_L        | integer                 | timestep at which the JPEG's latent enters               |
+| QF       | q          | (B,)                    | (100 - QF) / 100, in (0, 1)                              |
 
 What differs from paper or release stands at its place, in lines beginning DIFFERS.
 Left out: the DAPE prompt of Table 3 (another project's network).

@@ -12,8 +12,8 @@ arXiv 2407.10833v1).
 | z_lq     | z_lq       | (B, C, H / 8, W / 8) | latent of x_lq, scaling factor applied                      |
 | z_t, z_0 | z_t, z_0   | as z_lq              | latent at time t; the original's, or the UNet's estimate    |
 | DP       | dp         | (B, M, D)            | degradation prior, tokens of an image encoder               |
-| -        | f          | (B, L, width)        | features at the L positions of a scale                      |
-| x        | x          | as f                 | a router's input; one router for each scale                 |
+| -        | f          | (B, L, width)        | `MoEPromptModule`'s features at a scale's L positions       |
+| x        | x          | as f                 | input of the router, `gate`; one for each scale             |
 | G(x)     | gates      | (B, L, N)            | K softmax values at every position, the others 0            |
 | prompts  | P          | (N, width, width)    | experts, E_i(f) = f P_i; N = 7, K = 3 of them are chosen    |
 | y        | y          | as f                 | what the prompts make of f                                  |

@@ -7,17 +7,17 @@
 The idea (Eq. 11): a quantised latent z_tilde is a noisy z_0, its bit-rate r says how noisy. So each rate has
 a pseudo diffusion timestep t(r), at which one UNet denoises the latents of all rates in a single call.
 
-| paper         | code        | shape                      | range                                          |
-| ------------- | ----------- | -------------------------- | ---------------------------------------------- |
-| I, I_hat      | x, x_hat    | (B, 3, H, W)               | [-1, 1]                                        |
-| z_0           | z_0         | (B, C, h, w) = H/8, W/8    | latent, scaling factor applied                 |
-| r             | r           | integer                    | index into RATES, 0 (fewest bits) to 7         |
-| -             | e           | (B, h/s, w/s, D)           | unit vectors: what is quantised                |
-| z_q           | q           | as e                       | rows of the codebook, unit vectors             |
-| M             | D           | integer                    | z_q's dimension; our N and M are widths        |
-| z_tilde       | z_tilde     | as z_0                     | quantised latent, decoded by the back end      |
-| t_{R -> t}(r) | t[r]        | integer                    | pseudo timestep, 0 .. T - 1                    |
-| z_hat_0       | z_hat       | as z_0                     | one-step estimate of z_0                       |
+| paper         | code        | shape                        | range                                        |
+| ------------- | ----------- | ---------------------------- | -------------------------------------------- |
+| I, I_hat      | x, x_hat    | (B, 3, H, W)                 | [-1, 1]                                      |
+| z_0           | z_0         | (B, C, H / 8, W / 8)         | latent, scaling factor applied               |
+| r, -          | r, s        | integer                      | index into RATES (0: fewest bits); its s     |
+| -             | e           | (B, H / 8 / s, W / 8 / s, D) | unit vectors: what is quantised              |
+| z_q           | q           | as e                         | rows of the codebook, unit vectors           |
+| M             | D           | integer                      | z_q's dimension; our N and M are widths      |
+| z_tilde       | z_tilde     | as z_0                       | quantised latent, decoded by the back end    |
+| t_{R -> t}(r) | t[r]        | integer                      | pseudo timestep, 0 .. T - 1                  |
+| z_hat_0       | z_hat       | as z_0                       | one-step estimate of z_0                     |
 
 What differs from paper or release stands at its place, in lines beginning DIFFERS. There is no entropy
 coder, as in the paper: indices cost log2 V bits each.

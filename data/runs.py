@@ -265,7 +265,8 @@ class Run:
 
 # --------------------------------------------------------------------------------- command line
 
-TOOLS = {"eval": "evaluate", "profile": "complexity", "figures": "figures"}  # command -> data/results/NAME.py
+# command -> data/results/NAME.py
+TOOLS = {"eval": "evaluate", "profile": "complexity", "figures": "figures", "trace": "trace"}
 
 
 def name_of(script: ModuleType) -> str:
@@ -273,7 +274,7 @@ def name_of(script: ModuleType) -> str:
 
 
 def tool(command: str, script: ModuleType, *argv) -> None:
-    """Measuring is no part of a method: eval, profile and figures are data/results/NAME.py's."""
+    """Measuring is no part of a method: eval, profile, figures and trace are data/results/NAME.py's."""
     importlib.import_module(f"data.results.{TOOLS[command]}").main(script, [*map(str, argv)])
 
 

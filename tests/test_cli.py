@@ -13,7 +13,7 @@ import data.runs as runs
 from common import PHOTOS
 from conftest import CAT, SCRIPTS, train_args
 from data import caption, make_cir
-from data.files import UserError, load_tensors, save_tensors
+from data.files import SHIPPED, UserError, load_tensors, save_tensors
 from data.pictures import read_image
 from test_runs import full_disk
 
@@ -108,6 +108,9 @@ USE = [("", "nowhere.jpg", "nowhere.jpg: no such file"), ("", "{empty}", "{empty
 
 OTHER = [("", "sharpen", "invalid choice: 'sharpen'"), ("", "eval --weights {run} --data nowhere", "nowhere"),
          ("", "figures --weights {empty}", "safetensors: no such file"),
+         ("", "trace {text} --weights {run}", "notes.jpg: not an image"),
+         ("", "trace {photo} --weights {empty}", "stage2.safetensors: no such file"),
+         ("codiff", f"trace {{photo}} --weights {SHIPPED / 'sodiff'}", "not made by codiff.py's stage 2"),
          ("", "profile --base {empty}", "unet/config.json"), ("", "profile --size 0", "--size"),
          ("", "profile --size 0x9", "--size"),
          ("codiff", "eval --weights {run} --qf 0", "--qf: 0: a quality factor is from 1 to 100"),

@@ -13,8 +13,8 @@ from data.results import ablations
 from data.results.tables import paper
 
 SCRIPTS = ("codiff", "oscar", "sodiff", "moe_diffir")
-COMMANDS = {script: ("train", "restore", "eval", "profile", "figures") for script in SCRIPTS}
-COMMANDS["oscar"] = ("train", "compress", "decompress", "eval", "profile", "figures")
+COMMANDS = {script: ("train", "restore", "eval", "profile", "figures", "trace") for script in SCRIPTS}
+COMMANDS["oscar"] = ("train", "compress", "decompress", "eval", "profile", "figures", "trace")
 TOOLS = {"caption": [], "make_cir": [], "pieces": [], "make_tiny_sd": ["train"], "make_tiny_nets": [],
          "convert": ["codiff"], "results.ablations": ["codiff"], "results.memory": [], "results.pages": [],
          "results.quality": ["codiff"]}  # words before --help

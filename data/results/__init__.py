@@ -1,6 +1,6 @@
 """Measuring, which is no part of a method.
 
-evaluate.py, complexity.py and figures.py are the commands eval, profile and figures of all scripts;
+evaluate.py, complexity.py, figures.py and trace.py are the commands eval, profile, figures and trace of all;
 ablations.py trains a paper's ablations with several seeds, and pages.py writes what they say into the pages.
 None of them knows a paper: what is measured of one alone stands beside its page, SCRIPT.md, in SCRIPT.py:
 
