@@ -17,7 +17,7 @@ COMMANDS = {script: ("train", "restore", "eval", "profile", "figures", "trace") 
 COMMANDS["oscar"] = ("train", "compress", "decompress", "eval", "profile", "figures", "trace")
 TOOLS = {"caption": [], "make_cir": [], "pieces": [], "make_tiny_sd": ["train"], "make_tiny_nets": [],
          "convert": ["codiff"], "results.ablations": ["codiff"], "results.memory": [], "results.pages": [],
-         "results.quality": ["codiff"]}  # words before --help
+         "results.quality": ["codiff"], "results.rosetta": []}  # words before --help
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", ROOT / "data" / "README.md",
                                              *sorted((ROOT / "data" / "results").glob("*.md"))]}
 README = PAGES[ROOT / "README.md"]

@@ -2,7 +2,8 @@
 
 evaluate.py, complexity.py, figures.py and trace.py are the commands eval, profile, figures and trace of all;
 ablations.py trains a paper's ablations with several seeds, and pages.py writes what they say into the pages.
-None of them knows a paper: what is measured of one alone stands beside its page, SCRIPT.md, in SCRIPT.py:
+None of them knows a paper: what is measured of one alone stands beside its page, SCRIPT.md, in SCRIPT.py
+(rosetta.py measures nothing; it lays the scripts' lines side by side):
 
     eval_flags(p, script)      evaluate(script, args)
     profile_flags(p, script)   build(script, base, cfg1, cfg2, lora) -> model    profile(script, args, build)

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from PIL import Image, ImageDraw
 
-from data.files import UserError, atomic, note
+from data.files import ROOT, UserError, atomic, note
 from data.pictures import read_image
 
 HERE = Path(__file__).parent
@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 
 def papers() -> list[str]:
     """The scripts that have a page here, SCRIPT.md, and beside it what is measured of them, SCRIPT.py."""
-    return sorted(page.stem for page in HERE.glob("*.md") if page.with_suffix(".py").exists())
+    return sorted(page.stem for page in HERE.glob("*.md") if (ROOT / f"{page.stem}.py").exists())
 
 
 def paper(script: str) -> ModuleType:
