@@ -144,7 +144,8 @@ def restored_table(rows: list[dict], columns: list[tuple[str, str]]) -> str:
 
 def restored_headline(rows: list[dict], condition: str) -> list[str]:
     """Of JPEG at QF 5, which the paper's tables call `condition`."""
-    before, blurred = (cell(rows, DEFAULT, f"{condition}, {row}", "PSNR")
-                       for row in ("compressed", "compressed, blurred"))
-    return ["JPEG QF 5, PSNR", f"{before}, blurred {blurred}",
-            *(cell(rows, choice, condition, "PSNR") for choice in NAMED), gains(rows, DEFAULT, condition)[-1]]
+    def both(choice, row=""):
+        return " / ".join(cell(rows, choice, condition + row, metric) for metric in ("PSNR", TINY_LPIPS))
+    before = f"{both(DEFAULT, ', compressed')}, blurred {both(DEFAULT, ', compressed, blurred')}"
+    made = (both(choice) for choice in NAMED)
+    return ["JPEG QF 5, PSNR / tiny LPIPS", before, *made, gains(rows, DEFAULT, condition)[-1]]
