@@ -528,7 +528,7 @@ def test_latents_on_the_fly_are_those_of_the_cache(run, tmp_path, photos, no_eva
     assert path.name.startswith("5-64-1-") and z_0.shape == (5, 16, 8, 8) and np.isfinite(z_0).all()
     out, more = before_stage_2(run, tmp_path / "run"), ["--stage", 2, "--cache-latents", 0, "--s2-steps", 1]
     moe_diffir.main(train_args("moe_diffir", out, photos, *more))
-    a, b = (rows_of(folder)[4]["features"] for folder in (run.folder, out))
+    a, b = (rows_of(folder)[4]["lpips"] for folder in (run.folder, out))
     assert a == pytest.approx(b, rel=1e-4)
 
 

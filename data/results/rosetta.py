@@ -5,6 +5,7 @@
 A cell is named "function: how a line begins & another; function: ..."; of each there must be one."""
 
 import ast
+import functools
 from pathlib import Path
 
 from data.files import ROOT, UserError, atomic
@@ -50,10 +51,15 @@ INFERENCE = {
                     "restore: x_hat = tiles( & x_hat = x_hat[ & return", "restore: x_hat = & return")}
 
 
+@functools.cache
+def parsed(script: str) -> tuple[ast.Module, list[str]]:
+    text = (ROOT / f"{script}.py").read_text()
+    return ast.parse(text), text.splitlines()
+
+
 def quoted(script: str, function: str, start: str) -> str:
     """The one statement of a function that begins like this, whole (of a block the head), and where it is."""
-    text = (ROOT / f"{script}.py").read_text()
-    scope, lines = ast.parse(text), text.splitlines()
+    scope, lines = parsed(script)
     for name in function.split("."):
         scope = next((node for node in scope.body if getattr(node, "name", "") == name), ast.Module([]))
     found = [node for node in ast.walk(scope) if isinstance(node, ast.stmt) and node is not scope
