@@ -254,6 +254,8 @@ def pretrained(net: str) -> tuple[nn.Sequential, dict[str, Tensor]]:
 def dists(net: str) -> DISTS:
     """On `pretrained(net)`; the published metric is vgg16's."""
     features, tensors = pretrained(net)
+    if "alpha" not in tensors:
+        raise UserError(f"{net}: has no weights for DISTS; choose vgg16 or tiny-vgg")
     blocks = [features[a:b] for a, b in ((0, 4), (5, 9), (10, 16), (17, 23), (24, 30))]  # between max pools
     sizes = [3, *(len(block[-2].weight) for block in blocks)]
     return DISTS(blocks, *(tensors[k].flatten().split(sizes) for k in ("alpha", "beta")))

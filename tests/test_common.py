@@ -329,6 +329,11 @@ def test_tiny_networks_give_a_distance_with_a_gradient_and_no_trainable_weight(d
         distance("small")
 
 
+def test_an_alexnet_is_refused_for_dists_before_training(refused):
+    assert "tiny-alex: has no weights for DISTS" in refused(
+        codiff.main, ["train", "--s2-dists", "tiny-alex", "--out", "nowhere"])
+
+
 # ---- discriminator
 
 
