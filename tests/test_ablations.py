@@ -267,6 +267,14 @@ def test_pages_say_what_the_figures_do(script):
             assert f"<!-- {name} -->\n{text}\n<!-- end of {name} -->" in page
 
 
+@pytest.mark.parametrize("script", papers())
+def test_a_page_leads_with_few_columns(script):
+    rows = json.loads((HERE / f"{script}.json").read_text())
+    lead, folded = pages.default_block(script, rows).split("<details>")
+    assert lead.splitlines()[0].count(" | ") <= 4 < paper(script).default_table(rows).splitlines()[0].count(" | ")
+    assert paper(script).default_table(rows) in folded and folded.endswith("</details>")
+
+
 def test_runs_of_two_commits_are_not_compared():
     row = {"machine": "", "seconds": None, "bundled": {}, "figures": {}, "seed": 0}
     rows = [row | {"choice": choice, "commit": "abc"} for choice in (DEFAULT, "random-t", "no-alignment")]

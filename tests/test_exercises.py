@@ -1,4 +1,4 @@
-"""The pages' exercises: red until they are done, green with the page's solution; ten stops a page."""
+"""The pages' exercises: red until they are done, green with their solution; ten stops a page."""
 
 import importlib.util
 import re
@@ -14,11 +14,15 @@ def page(script):
     return (ROOT / "data" / "results" / f"{script}.md").read_text()
 
 
+def solutions(script):
+    return (ROOT / "data" / "course" / "solutions" / f"{script}.md").read_text()
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_an_exercise_is_red_and_its_solution_green(script, tmp_path):
-    """With the page's solution in the place of the function that is to be written."""
+    """With its solution in the place of the function that is to be written."""
     exercise = (ROOT / "tests" / "exercises" / f"test_{script}.py").read_text()
-    solution = re.search(r"^## Solutions\n.*?^```python\n(.*?)^```", page(script), re.M | re.S)[1]
+    solution = re.search(r"^```python\n(.*?)^```", solutions(script), re.M | re.S)[1]
     name = re.search(r"^def (\w+)", solution, re.M)[1]
     missing = r'raise NotImplementedError\("this is what you write"\)\n'
     todo = re.compile(rf"^def {name}\(.*?{missing}", re.M | re.S)
@@ -46,6 +50,16 @@ def outcome(test):
     except NotImplementedError:
         return "red"
     return "green"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_solutions_are_not_on_the_page(script):
+    exercises = re.findall(r"^\*\*(\d)\. (?:Read|Change|Build)\.\*\*", page(script), re.M)
+    answers = re.split(r"^\*\*(\d)\.\*\*", solutions(script), flags=re.M)[1:]
+    assert exercises == answers[::2] == ["1", "2", "3"]
+    words = " ".join(page(script).split())
+    for answer in answers[1::2]:
+        assert " ".join(answer.split()[:8]) not in words
 
 
 def test_exercises_are_not_collected_by_default(request):

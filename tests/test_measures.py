@@ -73,7 +73,7 @@ def test_definitions_are_in_metrics_json_and_on_the_page(tmp_path):
     finish(SimpleNamespace(weights=tmp_path), [], results={})
     found = json.loads((tmp_path / "metrics.json").read_text())["definitions"]
     assert found == DEFINITIONS and {"PSNR", "PSNR-B", "SSIM", "FID"} <= found.keys()
-    page = " ".join((HERE / "codiff.md").read_text().split())
+    page = " ".join((HERE / "measuring.md").read_text().split())
     assert all(f"{name}: {definition}" in page for name, definition in found.items())
 
 

@@ -18,10 +18,14 @@ COMMANDS["oscar"] = ("train", "compress", "decompress", "eval", "profile", "figu
 TOOLS = {"caption": [], "make_cir": [], "pieces": [], "make_tiny_sd": ["train"], "make_tiny_nets": [],
          "convert": ["codiff"], "results.ablations": ["codiff"], "results.memory": [], "results.pages": [],
          "results.quality": ["codiff"], "results.rosetta": []}  # words before --help
+RESULTS = ROOT / "data" / "results"
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", ROOT / "data" / "README.md",
-                                             *sorted((ROOT / "data" / "results").glob("*.md"))]}
-README = PAGES[ROOT / "README.md"]
+                                             *sorted(RESULTS.glob("*.md")),
+                                             *sorted((ROOT / "data" / "course" / "solutions").glob("*.md"))]}
+README, MAP = PAGES[ROOT / "README.md"], PAGES[RESULTS / "map.md"]
 ALL = "\n".join(PAGES.values())
+NAMES = re.findall(r"`((?:codiff|oscar|sodiff|moe_diffir|common)\.(?!py\b)[\w.]+)`", README)
+COMMAND_LINES = re.findall(r"^(?:uv run|python|accelerate launch|CUDA_VISIBLE_DEVICES=\S+).*", README, re.M)
 CODE = re.findall(r"^\|.*\| `((?:codiff|oscar|sodiff|moe_diffir|common|data)\.[\w.]+)` \|$", ALL, re.M)
 SECTION = re.compile(r"^## From the paper to a command$(.*?)^## ", re.M | re.S)
 ITEMS = {"codiff": (5, 7), "sodiff": (4, 5), "oscar": (0, 8), "moe_diffir": (3, 6)}  # tables, figures
@@ -44,15 +48,15 @@ def help_of_tool(tool: str, capsys) -> set[str]:
 
 
 def test_every_name_in_the_maps_exists():
-    assert len(CODE) >= 70
-    for name in CODE:
+    assert len(CODE) >= 70 and len(NAMES) >= 20
+    for name in {*CODE, *NAMES}:
         assert pkgutil.resolve_name(name), name
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_equation_tag_in_the_script_is_in_the_map(script):
     tags = set(re.findall(r"Eq\. (\d+)", (ROOT / f"{script}.py").read_text()))
-    rows = re.findall(rf"^\| {script.replace('_', '-')} \|.*", README, re.M | re.I)
+    rows = re.findall(rf"^\| {script.replace('_', '-')} \|.*", MAP, re.M | re.I)
     mapped = set(re.findall(r"Eq\. (\d+)", "\n".join(rows)))
     assert tags and tags <= mapped, "an equation is missing from the map"
 
@@ -71,6 +75,11 @@ def test_the_flags_of_a_tool_exist(tool, capsys):
     assert set(FLAG.findall(" ".join(lines))) <= help_of_tool(tool, capsys)
 
 
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_the_readmes_commands_are_read(line, parsed):
+    parsed(line.split("#")[0])
+
+
 def test_no_page_names_a_command_or_a_flag_that_there_is_not(capsys):
     for script, command in re.findall(r"\b(codiff|oscar|sodiff|moe_diffir)\.py ([a-z]+)", ALL):
         assert command in COMMANDS[script], f"{script}.py {command}"
@@ -84,7 +93,7 @@ def test_no_page_names_a_command_or_a_flag_that_there_is_not(capsys):
 
 
 def section_of(script: str) -> str:
-    return SECTION.search(PAGES[ROOT / "data" / "results" / f"{script}.md"])[1]
+    return SECTION.search(PAGES[RESULTS / f"{script}.md"])[1]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -122,7 +131,35 @@ def test_links_and_pictures_exist(page):
 
 def test_every_picture_is_shown():
     shown = set(re.findall(r"!\[[^]]*\]\((?:data/results/)?([^)\s]+)\)", ALL))
-    assert {path.name for path in (ROOT / "data" / "results").glob("*.png")} == shown
+    assert {path.name for path in RESULTS.glob("*.png")} == shown
+
+
+def prose(text: str) -> str:
+    """A page without its tables and code."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    return "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+
+
+def test_pages_are_short():
+    for script in SCRIPTS:
+        assert 500 < len(prose(PAGES[RESULTS / f"{script}.md"]).split()) <= 2000
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_page_leads_with_result_picture_stops_and_exercises(script):
+    page = PAGES[RESULTS / f"{script}.md"]
+    order = [page.index(f"\n{what}") for what in ("**Result.**", "![", "## In ten stops", "## Exercises", "## ")]
+    assert order[:4] == sorted(order[:4]) and order[4] == order[2]
+    assert page.index("\n## The default run") > order[3]
+
+
+@pytest.mark.parametrize("script, gains", [("codiff", 3), ("sodiff", 2), ("moe_diffir", 3)])
+def test_a_result_is_the_tables(script, gains):
+    page = PAGES[RESULTS / f"{script}.md"]
+    result = re.search(r"^\*\*Result\.\*\*(.*?)^$", page, re.M | re.S)[1]
+    table = re.search("<!-- default -->(.*)<!-- end of default -->", page, re.S)[1]
+    said = re.findall(r"(\d\.\d\d) dB", result)
+    assert len(said) == gains and all(f"| +{gain} " in table for gain in said)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

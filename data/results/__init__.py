@@ -20,7 +20,8 @@ None of them knows a paper: what is measured of one alone stands beside its page
     PRINTED            commands whose words stand on the page: {name of the block: command}
     MORE               that a default run measures: {title: {label: condition}}
     more_figures(metrics, run)   the same, of metrics.json, and of the run's folder where it was trained here
-    default_table(rows)          what the default run and the weights that ship come to
+    lead_table(rows)             what the default run and the weights that ship come to, in a few columns
+    default_table(rows)          the same, all columns
     headline(rows)               in the README's table: what, before, made, made by the weights that ship, gap
 
 `script` is always the paper's script as a module, which is imported nowhere a second time."""

@@ -20,7 +20,8 @@ from data.pictures import read_image
 from data.results.complexity import Parts, empty_latent, print_profile, vae_parts
 from data.results.evaluate import Metrics, compare, finish, padded, picture_of, pyiqa_metric
 from data.results.figures import panels, save
-from data.results.seeds import DEFAULT, TINY_LPIPS, Choice, Claim, restored_headline, restored_table
+from data.results.seeds import (DEFAULT, TINY_LPIPS, Choice, Claim, restored_and_gains, restored_headline,
+                                restored_table)
 from data.results.tables import centre, mean, means, no_flags, plural, readable, save_png, text_table
 from data.tiles import tiling
 
@@ -333,6 +334,7 @@ def draw_router(share: Tensor, tasks: list[str], apart: Tensor, codecs: list[str
 TITLE = "MoE-DiffIR"
 COST = "1.750 G, 298 T (200 steps)"
 TASKS = "jpeg:5", "webp:5", "hevc:47", "vvc:47", "vvc:52", "avc:47"
+LEAD = [("jpeg:5", "PSNR"), ("jpeg:5", TINY_LPIPS), ("webp:5", "PSNR"), ("hevc:47", "PSNR")]
 TABLE = [*((task, "PSNR") for task in TASKS), *((task, TINY_LPIPS) for task in TASKS[:3])]
 COLUMNS = [(task, metric) for metric in ("PSNR", TINY_LPIPS) for task in TASKS[:4]]
 CONDITION = "jpeg:5"
@@ -372,5 +374,6 @@ def more_figures(metrics: dict, run: Path | None) -> dict:
     return {"latent error": metrics["latent_error"], "router": excess, "all tasks": over_all}
 
 
-default_table = partial(restored_table, columns=TABLE)
+lead_table = partial(restored_table, columns=LEAD)
+default_table = partial(restored_and_gains, columns=TABLE)
 headline = partial(restored_headline, condition="jpeg:5")

@@ -57,10 +57,15 @@ def about(rows: list[dict], choices: Iterable[str]) -> str:
     return f"{text}; {mean(seconds) / 60:.0f} minutes a training, {sum(seconds) / 3600:.1f} hours in all."
 
 
+def folded(title: str, text: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+
+
 def default_block(script: str, rows: list[dict]) -> str:
-    """The paper's table, and more of what a default run measures: {title: {label: condition}}."""
+    """The columns that matter, more of what a default run measures ({title: {label: condition}}); all
+    columns folded."""
     own = paper(script)
-    tables = [about(rows, NAMED), own.default_table(rows)]
+    tables = [own.lead_table(rows)]
     for title, conditions in own.MORE.items():
         named = [r["figures"] for r in rows if r["choice"] in NAMED]
         columns = next((figures[c] for figures in named for c in conditions.values() if c in figures), {})
@@ -71,6 +76,8 @@ def default_block(script: str, rows: list[dict]) -> str:
     if right := values(rows, DEFAULT, ("D", "right")):
         tables.append(f"Over stage 2's second half the discriminator was right about "
                       f"{number(right, 'right')} of the latents; 0.5 would be chance.")
+    tables.append(folded("All columns; seeds, machine, minutes",
+                         f"{about(rows, NAMED)}\n\n{own.default_table(rows)}"))
     return "\n\n".join(tables)
 
 
@@ -89,7 +96,7 @@ def measured_block(row: dict) -> str:
 
 
 def ablation_block(script: str, rows: list[dict]) -> str:
-    """A row a choice, then what they say of the paper's claims."""
+    """What the choices say of the paper's claims, then, folded, a row a choice."""
     own = paper(script)
     done = {r["choice"] for r in rows}
 
@@ -106,9 +113,9 @@ def ablation_block(script: str, rows: list[dict]) -> str:
     claims = markdown(["the paper says", "its figures", "here", ""],
                       (verdict(claim, rows, claim.condition or own.CONDITION) for claim in own.CLAIMS))
     legend = ("Mean ± deviation over seeds (mean difference to the default of the same seed; bold: seeds "
-              "alone do that in less than one case of twenty, paired t-test). *Detail*: luma's steps from "
-              "pixel to pixel over the original's, 1 being as sharp.")
-    return f"{about(rows, done - {SHIPS})} {legend}\n\n{table}\n\n{claims}"
+              "alone do that in less than one case of twenty, paired t-test).")
+    table = folded("All choices, row by row", f"{about(rows, done - {SHIPS})}\n\n{table}")
+    return f"{legend}\n\n{claims}\n\n{table}"
 
 
 def verdict(claim: Claim, rows: list[dict], condition: str) -> list[str]:

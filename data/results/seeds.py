@@ -18,6 +18,7 @@ NAMED = {DEFAULT: "default run", SHIPS: "weights that ship"}
 # what papers on JPEGs have in their tables, and in the exercise's
 QF_5 = [("JPEG QF 5", metric) for metric in ("PSNR", "PSNR-B", "SSIM", TINY_LPIPS, "detail", "grid Y")]
 QF_10 = [("JPEG QF 10", metric) for metric in ("PSNR", "SSIM", TINY_LPIPS, "grid Y")]
+JPEG_LEAD = [("JPEG QF 5", metric) for metric in ("PSNR", TINY_LPIPS, "detail")]
 JPEG_TABLE = [*QF_5, ("JPEG QF 5", "grid C"), *QF_10]
 JPEG_EXERCISE = {f"JPEG QF {qf}": ["PSNR", "SSIM", TINY_LPIPS, "detail"] for qf in (5, 10)}
 
@@ -135,11 +136,19 @@ def restored_table(rows: list[dict], columns: list[tuple[str, str]]) -> str:
              line("VAE(compressed): the base alone", DEFAULT, ", VAE(compressed)"),
              line("**restored**, default run", DEFAULT), line("restored, weights that ship", SHIPS),
              line("VAE(original): the base's ceiling", DEFAULT, ", VAE(original)")]
+    return markdown(["", *(f"{condition}: {metric}" for condition, metric in columns)], lines)
+
+
+def gains_table(rows: list[dict], columns: list[tuple[str, str]]) -> str:
+    """`gains` under each condition of the columns."""
     conditions = dict.fromkeys(condition for condition, _ in columns)
     closed = [[f"{condition}, {NAMED[choice]}", *gains(rows, choice, condition)]
               for condition in conditions for choice in NAMED if values(rows, choice, (condition, "PSNR"))]
-    return (markdown(["", *(f"{condition}: {metric}" for condition, metric in columns)], lines) + "\n\n"
-            + markdown(["PSNR", "over the compressed", "over the same, blurred", "gap closed"], closed))
+    return markdown(["PSNR", "over the compressed", "over the same, blurred", "gap closed"], closed)
+
+
+def restored_and_gains(rows: list[dict], columns: list[tuple[str, str]]) -> str:
+    return f"{restored_table(rows, columns)}\n\n{gains_table(rows, columns)}"
 
 
 def restored_headline(rows: list[dict], condition: str) -> list[str]:

@@ -18,8 +18,8 @@ from data.pictures import read_image
 from data.results.complexity import Parts, empty_latent, print_profile, vae_parts
 from data.results.evaluate import finish, jpeg_flags, jpeg_table, jpegs_by_qf, padded
 from data.results.figures import panels, principal_components, save
-from data.results.seeds import (DEFAULT, JPEG_EXERCISE, JPEG_TABLE, QF_5, TINY_LPIPS, Choice, Claim,
-                                restored_headline, restored_table)
+from data.results.seeds import (DEFAULT, JPEG_EXERCISE, JPEG_LEAD, JPEG_TABLE, QF_5, TINY_LPIPS, Choice,
+                                Claim, restored_and_gains, restored_headline, restored_table)
 from data.results.tables import no_flags, text_table
 
 # --------------------------------------------------------------------------------------------- eval
@@ -239,5 +239,6 @@ def more_figures(metrics: dict, run: Path | None) -> dict:
     return by_qf | {"rank correlation": says["rank correlation"]}
 
 
-default_table = partial(restored_table, columns=JPEG_TABLE)
+lead_table = partial(restored_table, columns=JPEG_LEAD)
+default_table = partial(restored_and_gains, columns=JPEG_TABLE)
 headline = partial(restored_headline, condition="JPEG QF 5")
