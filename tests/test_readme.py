@@ -141,6 +141,7 @@ def prose(text: str) -> str:
 
 
 def test_pages_are_short():
+    assert len(README.splitlines()) <= 200 and len(README.split()) <= 2200
     for script in SCRIPTS:
         assert 500 < len(prose(PAGES[RESULTS / f"{script}.md"]).split()) <= 2000
 

@@ -1,4 +1,4 @@
-"""README's table of training at the papers' sizes, card -> flags -> memory, computed without a GPU.
+"""paper-run.md's table of training at the papers' sizes, card -> flags -> memory, computed without a GPU.
 
     python -m data.results.memory                     # all scripts: six minutes of one core
     python -m data.results.memory --scripts codiff
