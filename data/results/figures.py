@@ -6,6 +6,7 @@ Which they are is told in data/results/SCRIPT.py."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ def pyplot():
         import matplotlib
     except ImportError:
         raise UserError("figures needs matplotlib: pip install -e '.[figures]'") from None
-    matplotlib.use("Agg")
+    if "inline" not in os.environ.get("MPLBACKEND", ""):  # a notebook's backend, which its own cells need
+        matplotlib.use("Agg")
     from matplotlib import pyplot
     return pyplot
 
