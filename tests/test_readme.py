@@ -21,7 +21,7 @@ TOOLS = {"caption": [], "make_cir": [], "pieces": [], "make_tiny_sd": ["train"],
 RESULTS = ROOT / "data" / "results"
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", ROOT / "data" / "README.md",
                                              *sorted(RESULTS.glob("*.md")),
-                                             *sorted((ROOT / "data" / "course" / "solutions").glob("*.md"))]}
+                                             *sorted((ROOT / "data" / "course").rglob("*.md"))]}
 README, MAP = PAGES[ROOT / "README.md"], PAGES[RESULTS / "map.md"]
 ALL = "\n".join(PAGES.values())
 NAMES = re.findall(r"`((?:codiff|oscar|sodiff|moe_diffir|common)\.(?!py\b)[\w.]+)`", README)
