@@ -312,8 +312,7 @@ def stage1(run, cfg: Stage1) -> None:
             terms = {"qf": loss_qf(q_hat, q), "rec": loss_rec(x_rec, (x_hq + 1) / 2)}
             weighted = {k: w[k] * term for k, term in terms.items()}
             loss = sum(weighted.values())  # Eq. 6
-            if step == 0:
-                common.print_gradients(acc, step, cave, weighted)
+            run.ledger(step, weighted)
             # backward, clip, learning rate, step
             acc.backward(loss)
             common.clip(acc, adam, cfg.clip)
@@ -376,8 +375,7 @@ def stage2(run, cfg: Stage2, dists: nn.Module) -> None:
                          "gan_g": loss_G(critic(z_hat, cfg.T_D))}
                 weighted = {k: w[k] * term for k, term in terms.items()}
                 loss = sum(weighted.values())  # Eq. 10
-                if step == 0:
-                    common.print_gradients(acc, step, G, weighted)
+                run.ledger(step, weighted)
                 # G: backward
                 acc.backward(loss)
             # G: clip, learning rate, step
@@ -391,6 +389,7 @@ def stage2(run, cfg: Stage2, dists: nn.Module) -> None:
                     z_H = real.encode(x_hq, noise_for(n, shape, run.seed, "z_H")).float()  # (B, C, h, w)
                 fake, true = D(torch.cat([z_hat.detach(), z_H]), cfg.T_D).chunk(2)  # (B, 1, ., .) each
                 l_D = loss_D(fake, true)
+                run.ledger(step, {"gan_d": l_D})
                 acc.backward(l_D)
                 common.clip(acc, opt_D, cfg.clip)
                 opt_D.step()

@@ -603,8 +603,7 @@ def stage1(run, cfg: Stage1, benchmark: Benchmark) -> MoEDiffIR:
                 terms["dp"] = F.cross_entropy(guess, task)
             weighted = {k: w[k] * term for k, term in terms.items()}
             loss = sum(weighted.values())  # Eq. 2; and of the small prior
-            if step == 0:
-                common.print_gradients(acc, step, model, weighted)
+            run.ledger(step, weighted)
             # backward, clip, learning rate, step
             acc.backward(loss)
             common.clip(acc, adam, cfg.clip)
@@ -678,8 +677,7 @@ def stage2(run, cfg: Stage2, benchmark: Benchmark, lpips: nn.Module) -> None:
             # loss
             terms = {"lpips": loss_decoder(lpips, x_hat, x_hq)}
             loss = sum(terms.values())  # Eq. 4
-            if step == 0:
-                common.print_gradients(acc, step, compensator, terms)
+            run.ledger(step, terms)
             # backward, clip, learning rate, step
             acc.backward(loss)
             common.clip(acc, adam, cfg.clip)

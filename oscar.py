@@ -496,8 +496,7 @@ def stage1(run, cfg: Stage1) -> None:
             terms = {"sim": l_sim, "vq": l_vq, "z": l_z}
             weighted = {k: w[k] * term for k, term in terms.items()}
             loss = sum(weighted.values()).sum()  # Eq. 8, summed over the rates, which share no weights
-            if step == 0:
-                common.print_gradients(acc, step, Qs, weighted)
+            run.ledger(step, weighted)
             # backward, clip, learning rate, step
             acc.backward(loss)
             common.clip(acc, adam, cfg.clip)
@@ -572,8 +571,7 @@ def stage2(run, cfg: Stage2, cfg1: Stage1, dists: nn.Module) -> None:
                          "gan_g": loss_G(critic(z_hat, 0))}  # t = 0: clean latents
                 weighted = {k: w[k] * term for k, term in terms.items()}
                 loss = sum(weighted.values())  # Eq. 14, its L_per being Eq. 15
-                if step == 0:
-                    common.print_gradients(acc, step, G, weighted)
+                run.ledger(step, weighted)
                 acc.backward(loss)
             # G: clip, learning rate, step
             common.clip(acc, opt_G, cfg.clip)
@@ -584,6 +582,7 @@ def stage2(run, cfg: Stage2, cfg1: Stage1, dists: nn.Module) -> None:
             if "gan" in cfg.losses:
                 fake, true = D(torch.cat([z_hat.detach(), z_0]), 0).chunk(2)  # (B, 1, ., .) each
                 l_D = loss_D(fake, true)
+                run.ledger(step, {"gan_d": l_D})
                 acc.backward(l_D)
                 common.clip(acc, opt_D, cfg.clip)
                 common.set_lr(opt_D, cfg.lr_D, step, cfg)

@@ -491,8 +491,7 @@ def stage1(run, cfg: Stage1) -> None:
             terms = {"rec": loss_rec(x_rec, x_hq), "align": loss_align(e_img, e_text)}
             weighted = {k: w[k] * term for k, term in terms.items()}
             loss = sum(weighted.values())  # Eq. 5
-            if step == 0:
-                common.print_gradients(acc, step, saipe, weighted)
+            run.ledger(step, weighted)
             # backward, clip, learning rate, step
             acc.backward(loss)
             common.clip(acc, adam, cfg.clip)
@@ -561,8 +560,7 @@ def stage2(run, cfg: Stage2, dists: nn.Module) -> None:
                     terms["qf"] = loss_qf(qf_hat, qf)
                 weighted = {k: w[k] * term for k, term in terms.items()}
                 loss = sum(weighted.values())  # Eq. 12, its L_recon being Eq. 7's L_MSE + L_EA
-                if step == 0:
-                    common.print_gradients(acc, step, G, weighted)
+                run.ledger(step, weighted)
                 acc.backward(loss)
             # G: clip, learning rate, step
             common.clip(acc, opt_G, cfg.clip)
@@ -578,6 +576,7 @@ def stage2(run, cfg: Stage2, dists: nn.Module) -> None:
                 z = torch.cat([z_hat.detach(), z_H])  # (2 B, C, h, w)
                 fake, true = D(z, t.repeat(2), e_img.detach().repeat(2, 1, 1), noise).chunk(2)
                 l_D = loss_D(fake, true)
+                run.ledger(step, {"gan_d": l_D})
                 acc.backward(l_D)
                 common.clip(acc, opt_D, cfg.clip)
                 common.set_lr(opt_D, cfg.lr_D, step, cfg)

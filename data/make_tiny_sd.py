@@ -269,8 +269,7 @@ def stage1(run, cfg: Stage1, vae: AutoencoderKL, val: list[Tensor]) -> None:
             terms = {"mse": F.mse_loss(x_hat, x), "l1": F.l1_loss(x_hat, x), "moved": F.mse_loss(z, z_first)}
             weighted = {k: w[k] * term for k, term in terms.items()}
             loss = sum(weighted.values())
-            if step == 0:
-                common.print_gradients(acc, step, vae, weighted)
+            run.ledger(step, weighted)
             # backward, clip, learning rates, steps
             acc.backward(loss)
             if cfg.clip and acc.sync_gradients:
@@ -469,8 +468,7 @@ def stage2(run, cfg: Stage2, vae: AutoencoderKL, photos: list[np.ndarray], names
                 terms["denoise"] = loss_denoise(eps_hat, eps, a)
             weighted = {k: w[k] * term for k, term in terms.items()}
             loss = sum(weighted.values())
-            if step == cfg.clip_alone:
-                common.print_gradients(acc, step, model, weighted)
+            run.ledger(step - cfg.clip_alone, weighted)
             # backward, clip, learning rates, steps
             acc.backward(loss)
             if cfg.clip and acc.sync_gradients:

@@ -1,7 +1,8 @@
 """Around the methods, and knowing none: a training's folder, what a stage's loop leaves to others (where it
 stood, its batches, log, checkpoints), the command line.
 
-    RUN/config.json   RUN/log.jsonl   RUN/last/ (to resume)   RUN/model/ (to restore)   RUN/samples/
+    RUN/config.json   RUN/log.jsonl   RUN/ledger-stageN.json
+    RUN/last/ (to resume)   RUN/model/ (to restore)   RUN/samples/
 
 One process writes, and every file whole or not at all (of the log `resume` drops a torn last line)."""
 
@@ -27,12 +28,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import PHOTOS, SD, TINY_SD, Settings, device, load_trained, trained
+from common import PHOTOS, SD, TINY_SD, Settings, device, gradient_norms, groups, load_trained, trained
 from data import speed
 from data.files import (ROOT, SHIPPED, UserError, append, atomic, in_repo, leave_ctrl_c_to_the_parent,
                         list_files, list_images, load_tensors, note, outputs, read_json, save_tensors,
                         write_json)
 from data.pictures import compress_files, decompress_files, restore_files
+from data.results.tables import ledger_table, text_table
 
 LOCKS: dict[Path, int] = {}
 LOCK = ".lock"  # a file's name; it stays, as another that has it open would go on with a deleted one
@@ -190,6 +192,7 @@ class Run:
         """Puts the last checkpoint back, if there is one; returns how many steps are done."""
         self.modules = {k: self.acc.unwrap_model(m) for k, m in modules.items()}
         self.optimizers = optimizers
+        self.columns, self.norms = groups(self.modules), {}  # of the ledger
         state, header = load_tensors(self.last) if self.last.exists() else ({}, {"step": 0})
         for name, module in self.modules.items() if state else ():
             load_trained(module, state["modules"].get(name, {}), self.last)
@@ -218,14 +221,28 @@ class Run:
             for _ in range(cfg.accumulate):
                 yield step, [t.to(acc.device, non_blocking=True) for t in next(samples)]
 
+    def ledger(self, step: int, terms: dict[str, Tensor]) -> None:
+        """At the first step, for `log`: what each weighted loss term would move. Norms of its gradient by
+        group of parameters; of the first micro-batch, and of several processes of the first one's share."""
+        if step == 0:
+            self.norms |= {k: gradient_norms(self.acc, term, self.columns)
+                           for k, term in terms.items() if k not in self.norms}
+
     def log(self, step: int, **values: Tensor | float) -> None:
         """Notes a micro-batch's values; after a step's last one writes their means to log.jsonl, and shows
-        those without @. A value that is no number ends the run before that can be saved."""
+        those without @; after the first also the ledger. A value that is no number ends the run before that
+        can be saved."""
         for k, v in values.items():
             v = torch.as_tensor(v, dtype=torch.float32, device=self.acc.device).detach()
             self.values.setdefault(k, []).append(v)
         if not self.acc.sync_gradients:
             return
+        if self.norms:
+            ledger = {"norms": self.norms, "frozen": [*groups(self.modules, train=False)]}
+            self.acc.print(f"\nstep {step + 1}: gradient norm of each loss term, by what it would move\n"
+                           + text_table(*ledger_table(self.norms)))
+            once(write_json, self.folder / f"ledger-stage{self.cfg.number}.json", ledger)
+            self.norms = {}
         row = {k: self.acc.reduce(torch.stack(v).mean(), "mean").item() for k, v in self.values.items()}
         self.values = {}
         for k, v in row.items():

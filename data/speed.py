@@ -135,7 +135,7 @@ def compile_networks(modules: list[nn.Module], on: str) -> None:
     except Exception as error:
         note(f"--compile: does not work here ({str(error).splitlines()[0][:150]}); goes on without it")
         return
-    torch._functorch.config.donated_buffer = False  # print_gradients goes back through a graph several times
+    torch._functorch.config.donated_buffer = False  # the ledger goes back through a graph several times
     torch._dynamo.config.suppress_errors = True     # a network that cannot be compiled runs as it is
     for m in (m for module in modules for m in module.modules()):
         if isinstance(m, (UNet2DConditionModel, Encoder, Decoder)):

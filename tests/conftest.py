@@ -141,7 +141,7 @@ def same_run(one, two) -> None:
         if name.suffix == ".safetensors" and name.parent.name == "model":
             a, b = (load_tensors(folder / name)[0] for folder in (one, two))
             assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
-        elif name.name in ("log.jsonl", "metrics.json", "mapping.json") or name.suffix == ".npy":
+        elif name.suffix in (".jsonl", ".npy") or name.name.startswith(("ledger", "mapping", "metrics")):
             assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
 

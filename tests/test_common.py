@@ -2,6 +2,7 @@
 torchmetrics' DISTS, lpips' LPIPS, PEFT unfused, closed forms."""
 
 import ast
+import contextlib
 import importlib
 import inspect
 import io
@@ -11,6 +12,7 @@ import sys
 import tomllib
 import warnings
 from importlib.metadata import packages_distributions
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,8 +28,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 import codiff
 import common
 from common import (SD, STREAMS, TINY_SD, Crops, Discriminator, Settings, add_lora, dists, for_inference,
-                    frozen, jpeg, load_trained, noise_for, pad_to, set_lr, text_tokens, to_image,
-                    to_tensor, trained)
+                    frozen, gradient_norms, groups, jpeg, load_trained, noise_for, pad_to, set_lr, text_tokens,
+                    to_image, to_tensor, trained)
 from conftest import CAT, SCRIPTS, moved_by, published_lpips, tops
 from data.files import ROOT, UserError, load_part, load_tensors, save_tensors
 
@@ -183,6 +185,43 @@ def test_weights_have_their_own_names_however_they_are_wrapped(tmp_path):
         load_trained(net(), as_saved_before, tmp_path)
         load_trained(wrapped, trained(own), tmp_path)
         assert trained(wrapped).keys() == names and torch.equal(trained(wrapped)["0.bias"], own[0].bias)
+
+
+@pytest.mark.parametrize("scale", [None, 2.0**16])
+def test_a_ledger_has_the_norm_of_each_terms_gradient_by_group(scale):
+    """Against backward, a term at a time; what is frozen, cut off or constant shows as 0."""
+    def net(*names):
+        return nn.ModuleDict({name: nn.Linear(3, 3) for name in names})
+    G, D = nn.ModuleDict({"sd": nn.ModuleDict({"unet": net("q", "lora_A")}), "enc1": nn.Linear(3, 3),
+                          "enc2": nn.Sequential(nn.Linear(3, 3))}), net("head")
+    G["sd"]["unet"]["q"].requires_grad_(False)
+    G["enc1"] = torch.compile(G["enc1"], backend="eager")
+    lora, columns = G["sd"]["unet"]["lora_A"], groups({"G": G, "D": D})
+    enc = [*G["enc1"].parameters(), *G["enc2"].parameters()]
+    by_hand = {"G.unet LoRA": [*lora.parameters()], "G.enc": enc, "D.head": [*D.parameters()]}
+    assert {k: [*map(id, v)] for k, v in columns.items()} == {k: [*map(id, v)] for k, v in by_hand.items()}
+    assert [*groups({"G": G, "D": D}, train=False)] == ["G.unet"] and [*groups({"D": D})] == ["head"]
+    z = lora(G["sd"]["unet"]["q"](torch.randn(4, 3)))
+    y = G["enc2"](G["enc1"](z))
+    acc = SimpleNamespace(scaler=scale and SimpleNamespace(get_scale=lambda: scale))
+    moves = {"z": {"G.unet LoRA"}, "y": {"G.unet LoRA", "G.enc"}, "per rate": {"G.unet LoRA", "G.enc"},
+             "gan_g": {"G.unet LoRA", "G.enc"}, "gan_d": {"D.head"}, "constant": set()}
+    for name, moved in moves.items():
+        with frozen(D) if name == "gan_g" else contextlib.nullcontext():
+            term = {"z": lambda: z.square().mean(), "y": lambda: 1e-9 * y.sin().sum(),
+                    "per rate": lambda: y.square().mean(0),
+                    "gan_g": lambda: D["head"](y).square().mean(), "constant": lambda: torch.ones(()),
+                    "gan_d": lambda: D["head"](y.detach()).square().mean()}[name]()
+            norms = gradient_norms(acc, term, columns)
+            expected = dict.fromkeys(columns, 0.0)
+            if moved:
+                term.sum().backward(retain_graph=True)
+        for k in moved:
+            grads = [p.grad.flatten() for p in columns[k]]
+            expected[k] = torch.linalg.vector_norm(torch.cat(grads)).item()
+        assert norms == {k: pytest.approx(v, rel=1e-5, abs=0) for k, v in expected.items()}, name
+        assert {k for k, v in norms.items() if v} == moved
+        [m.zero_grad() for m in (G, D)]
 
 
 def base_with(folder, part: str, **changes):

@@ -1,6 +1,7 @@
 """CUDA's path on the CPU: training under autocast and inference in half precision, against float32."""
 
 import importlib
+import json
 from functools import partial
 
 import accelerate
@@ -41,7 +42,6 @@ def trained_thrice(request, tmp_path_factory):
             patch.setattr(speed, "dtype", lambda: dtype)
             patch.setattr(accelerate, "Accelerator", AnywhereHalf)
             patch.setattr(Run, "evaluate", lambda *_: None)
-            patch.setattr(common, "print_gradients", lambda *_: None)
             AcceleratorState._reset_state()  # a process of its own keeps its precision
             more = [*STAGES, *FLAGS[request.param], "--data", photos]
             more += ["--s2-steps", 1] * (dtype is torch.float16)  # CPUs are slow at it
@@ -60,6 +60,11 @@ def test_training_under_autocast_follows_float32(trained_thrice, dtype):
         rel, own = LOSSES * (1 if a["step"] == 0 else 10), {k: v for k, v in a.items() if "@" not in k}
         assert {k: pytest.approx(v, rel=rel, abs=3e-3 if k in COSINES else 1e-4) for k, v in own.items()} == {
             k: b[k] for k in own}
+    for stage in (1, 2):  # float16's small gradients come unscaled, and zeros are zeros
+        norms = [json.loads((folders[kind] / f"ledger-stage{stage}.json").read_text())["norms"]
+                 for kind in (torch.float32, dtype)]
+        assert norms[0] == {term: {k: pytest.approx(norm, rel=0.3, abs=0) for k, norm in row.items()}
+                            for term, row in norms[1].items()}
     assert script.__name__ != "codiff" or exact[:2] == low[:2]  # CaVE's L1 losses: float32 on CUDA as well
 
 

@@ -46,6 +46,7 @@ def test_a_run_leaves_its_files_and_a_line_a_step(name, trained):
     latents = {f for f in files if f.startswith("latents/")}  # MoE-DiffIR's cache
     assert len(latents) == (name == "moe_diffir")
     assert files == latents | stages | BESIDE.get(name, set()) | {".lock", "config.json", "log.jsonl",
+                                                                  "ledger-stage1.json", "ledger-stage2.json",
                                                                   "metrics.json", "samples/eval.png"}
     rows = rows_of(run.folder)
     assert [(row["stage"], row["step"]) for row in rows] == [(n, step) for n in (1, 2) for step in range(4)]
@@ -53,16 +54,45 @@ def test_a_run_leaves_its_files_and_a_line_a_step(name, trained):
     assert json.loads((run.folder / "config.json").read_text())["base"] == "data/tiny-sd"
 
 
+# What each term moves at the first step, of stages 1 and 2; all else is exactly 0. (The released GAN term
+# moves nothing of G. MoE-DiffIR's SPADE begins at zero, and lets no gradient of `sd` through yet.)
+D, SAIPE, Q = ["D.prompt", "D.unet LoRA", "D.head"], ["E_down", "T_align", "D_up"], ["G.hyper_encoders"]
+G = {"codiff": ["G.vae LoRA", "G.unet LoRA", "G.proj"], "sodiff": ["G.unet LoRA", "G.predictor"],
+     "oscar": ["G.prompt", "G.unet LoRA", *Q]}
+SHARED = ["m_head", "m_down", "m_body_encoder"]
+MOVES = {"codiff": [{"qf": [*SHARED, "qf_pred"], "rec": [*SHARED, "m_body_decoder", "m_up", "m_tail"]},
+                    dict.fromkeys(("l2", "dists", "gan_g"), G["codiff"]) | {"gan_d": D}],
+         "sodiff": [{"rec": ["E_down", "D_up"], "align": ["E_down", "T_align"]},
+                    dict.fromkeys(("mse", "ea", "gan_g"), G["sodiff"])
+                    | {"qf": ["G.predictor"], "gan_d": ["D.unet LoRA", "D.proj", "D.head"]}],
+         "oscar": [{"sim": ["backbone", "quantizer", "proj"], "vq": ["backbone", "quantizer"],
+                    "z": ["backbone", "quantizer", "proj"]},
+                   {"repa": Q} | dict.fromkeys(("mse", "dists", "ea", "gan_g"), G["oscar"]) | {"gan_d": D}],
+         "moe_diffir": [{"sd": ["spade", "v2t"], "dp": ["prior"]}, {"lpips": ["fuse"]}]}
+FROZEN = {"codiff": [[], ["G.vae", "G.unet", "G.cave", "D.unet"]],
+          "sodiff": [[], ["G.vae", "G.unet", "G.E_down", "G.T_align", "D.unet"]],
+          "oscar": [[], ["G.vae", "G.unet", "D.unet"]], "moe_diffir": [["vae", "unet"], []]}
+
+
+def moves(folder, *stages) -> list[dict]:
+    norms = [json.loads((folder / f"ledger-stage{n}.json").read_text())["norms"] for n in stages or (1, 2)]
+    return [{term: [k for k, v in row.items() if v] for term, row in stage.items()} for stage in norms]
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_each_terms_gradient_is_printed_at_the_first_step_and_none_is_zero(name, trained):
-    """(The released GAN term's is exactly 0.)"""
-    printed = trained(name).printed
-    assert "stage 1 on" in printed and "stage 2 on" in printed and "M trainable" in printed
-    lines = [line for line in printed.splitlines() if "|grad " in line]
-    norms = {term: float(norm) for line in lines for term, norm in re.findall(r"\|grad (\w+)\| (\S+)", line)}
-    terms = {"codiff": "qf rec l2 dists gan_g", "sodiff": "rec align mse ea gan_g qf",
-             "oscar": "sim vq z repa mse dists ea gan_g", "moe_diffir": "sd dp lpips"}
-    assert len(lines) == 2 and [*norms] == terms[name].split() and min(norms.values()) > 0
+def test_the_ledgers_zeros_are_where_the_paper_wants_them(name, trained):
+    run = trained(name)
+    assert moves(run.folder) == MOVES[name]
+    assert "stage 1 on" in run.printed and "stage 2 on" in run.printed and "M trainable" in run.printed
+    tables = run.printed.split("step 1: gradient norm of each loss term, by what it would move\n")[1:]
+    assert len(tables) == 2
+    for n, table in enumerate(tables):
+        ledger = json.loads((run.folder / f"ledger-stage{n + 1}.json").read_text())
+        assert sorted(ledger["frozen"]) == sorted(FROZEN[name][n])
+        header, _, *rows = table.splitlines()[:2 + len(MOVES[name][n])]
+        assert re.split("  +", header.strip()) == [*next(iter(ledger["norms"].values()))]
+        assert {k: [*map(float, v)] for k, *v in map(str.split, rows)} == {
+            k: [pytest.approx(v, rel=5e-3) for v in row.values()] for k, row in ledger["norms"].items()}
 
 
 # ---- stopped and resumed
@@ -225,6 +255,7 @@ def test_accumulation_and_checkpointing_leave_the_losses_as_they_are(name, stage
     steps = f"--s{stage}-steps", 2, f"--s{stage}-accumulate", 2
     run.script.main(train_args(name, out, photos, "--stage", stage, *steps, *more))
     compare(name, rows_of(run.folder)[:2 if stage == 1 else 6], rows_of(out), 1e-2)
+    assert moves(out, stage) == [MOVES[name][stage - 1]]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -233,7 +264,9 @@ def test_two_processes_give_the_losses_of_one(name, trained, two_processes, phot
     run, out, more = trained(name), tmp_path / "run", []
     if name == "codiff":
         out, more = before_stage_2(run, out), ["--stage", 2]
-    two_processes(name, train_args(name, out, photos, *more), evaluate=name == "codiff")
+    said = two_processes(name, train_args(name, out, photos, *more), evaluate=name == "codiff")
+    assert moves(out) == MOVES[name]
+    assert [s.count("gradient norm of each") for s in said] == [1 if name == "codiff" else 2, 0]
     compare(name, rows_of(run.folder), rows_of(out), 2e-3)
     if name == "oscar":  # each process measured half of the crops
         one, two = (json.loads((f / "model" / "mapping.json").read_text()) for f in (run.folder, out))

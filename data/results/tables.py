@@ -56,6 +56,12 @@ def text_table(header: list[str], rows: list[list]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def ledger_table(norms: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """(Header, rows) of a stage's ledger: a loss term a row, a group of parameters a column."""
+    rows = [[term, *(f"{norm:.3g}" for norm in row.values())] for term, row in norms.items()]
+    return ["", *next(iter(norms.values()))], rows
+
+
 def plural(n: int, what: str) -> str:
     return f"{n} {what}{'s' * (n > 1)}"
 
