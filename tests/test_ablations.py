@@ -241,6 +241,19 @@ def test_what_commands_print_comes_onto_the_page(trainings, tmp_path):
     assert str(tmp_path) not in text
 
 
+def test_a_default_runs_ledger_comes_onto_the_page(trainings, tmp_path):
+    (tmp_path / "codiff.md").write_text(PAGE + page("ledger"))
+    ledger = {"norms": {"gan_g": {"G.proj": 0.00123456, "D.head": 0.0}}, "frozen": ["G.cave"]}
+    (folder := tmp_path / "codiff" / "default-0").mkdir(parents=True)
+    (folder / "ledger-stage2.json").write_text(json.dumps(ledger))
+    run(tmp_path, "--only", "default")
+    assert json.loads((tmp_path / "codiff.json").read_text())[0]["ledger"] == {"2": ledger}
+    text = (tmp_path / "codiff.md").read_text().split("<!-- ledger -->")[1]
+    for said in ("`python codiff.py train --seed 0` (", "| stage 2 | G.proj | D.head |\n| --- | --- | --- |\n"
+                 "| gan_g | 0.00123 | 0 |\n", "Without gradient here: G.cave. Frozen in the paper: CaVE"):
+        assert said in text
+
+
 def test_figures_of_another_commit_or_version_are_named(trainings, tmp_path, capsys):
     path = tmp_path / "codiff.json"
     (tmp_path / "codiff.md").write_text(PAGE)

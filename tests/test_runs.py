@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,7 @@ import codiff
 from common import PHOTOS, TINY_SD, rng
 from conftest import SCRIPTS, STOP, as_here, before_stage_2, child_processes, rows_of, same_run, train_args
 from data.files import ROOT, UserError, in_repo, load_tensors
+from data.results import figures
 from data.results.tables import paper
 from data.runs import LOCKS, loader, lock
 
@@ -93,6 +95,40 @@ def test_the_ledgers_zeros_are_where_the_paper_wants_them(name, trained):
         assert re.split("  +", header.strip()) == [*next(iter(ledger["norms"].values()))]
         assert {k: [*map(float, v)] for k, *v in map(str.split, rows)} == {
             k: [pytest.approx(v, rel=5e-3) for v in row.values()] for k, row in ledger["norms"].items()}
+
+
+# ---- its curves
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_curves_stand_beside_the_references(name, trained, tmp_path, monkeypatch, capsys):
+    run, drawn = trained(name), {}
+    monkeypatch.setattr(figures, "save", lambda made, folder: drawn.update(made))
+    shipped = figures.HERE / "curves" / f"{name}.json"
+    figures.keep(run.folder, tmp_path / f"{name}.json")
+    for reference in (shipped, tmp_path / f"{name}.json"):
+        figures.training(name, run.folder, reference)
+        said, curves = capsys.readouterr().out, drawn["curves"]
+        assert ("other settings: " in said) == ("stage2.steps 4 (reference: " in said) == (reference == shipped)
+        assert "stage 2, step 1: gradient norm" in said and "Frozen in the paper: " in said
+        logged = {f"stage {n}: {k}": [row[k] for row in rows_of(run.folder) if row["stage"] == n]
+                  for n in (1, 2) for k in rows_of(run.folder)[4 * n - 1]
+                  if "@" not in k and k not in ("stage", "step")}
+        panels = {axis.get_title(): axis for axis in curves.axes if axis.get_title()}
+        assert panels.keys() == logged.keys()  # of the shipped reference, too
+        for title, v in logged.items():
+            mean = np.average(v, weights=0.95 ** np.arange(4)[::-1])
+            grey, blue = panels[title].lines
+            assert (blue.get_xdata()[-1], blue.get_ydata()[-1]) == (3, pytest.approx(mean, rel=1e-4))
+            if reference != shipped:
+                deviation = np.average((v - mean)**2, weights=0.95 ** np.arange(4)[::-1]) ** 0.5
+                band = panels[title].collections[0].get_paths()[0].vertices
+                top = band[band[:, 0] == 3, 1].max()
+                assert top == pytest.approx(mean + deviation, rel=1e-3, abs=1e-3 * np.abs(v).max())
+                assert grey.get_ydata()[-1] == pytest.approx(mean, rel=1e-3)
+    assert shipped.stat().st_size < 20_000
+    figures.training(name, tmp_path, shipped)
+    assert capsys.readouterr().err == f"{tmp_path}: no log.jsonl, so no curves\n"
 
 
 # ---- stopped and resumed

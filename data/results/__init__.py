@@ -8,6 +8,7 @@ None of them knows a paper: what is measured of one alone stands beside its page
     eval_flags(p, script)      evaluate(script, args)
     profile_flags(p, script)   build(script, base, cfg1, cfg2, lora) -> model    profile(script, args, build)
     figure_flags(p, script)    figures(script, args)    AGAINST: the choice to which they compare, or None
+    FROZEN             by stage, what the paper keeps as it is: beside the ledger
 
     TITLE, COST        in the README's table; the paper's parameters and MACs at 1024 x 1024, by profile
     CHOICES, COLUMNS   of the ablations' table: its rows and columns

@@ -37,6 +37,7 @@ from tqdm import tqdm
 from common import PHOTOS
 from data.files import ROOT, SHIPPED, UserError, atomic, note, read_json, write_json
 from data.results import pages
+from data.results.figures import ledgers
 from data.results.seeds import DEFAULT, SHIPS, cell
 from data.results.tables import HERE, paper, papers, text_table
 from data.runs import CommandLine, run_cli
@@ -166,7 +167,8 @@ def do(job: Job, args, place: dict[str, str]) -> dict:
             "bundled": figures(own, folder / "metrics.json")}
     run(measure)
     measured = figures(own, folder / "metrics.json", folder)
-    return row | {"figures": measured | {"D": discriminator(folder / "log.jsonl")}}
+    row |= {"figures": measured | {"D": discriminator(folder / "log.jsonl")}}
+    return row | ({"ledger": ledgers(folder)} if job.choice == DEFAULT else {})
 
 
 def begin_with_stage_1_of_the_default(job: Job, folder: Path) -> None:

@@ -125,6 +125,8 @@ def figures(script, args) -> None:
 
 TITLE = "CODiff"
 COST = "0.996 G, 9.46 T"
+FROZEN = {"1": "nothing",
+          "2": "CaVE, the VAE's decoder, of its encoder and the UNet all but LoRA (Fig. 3, Sec. 3.3)"}
 COLUMNS = [("JPEG QF 1", "PSNR"), *QF_5]
 CONDITION = "JPEG QF 1"
 CHOICES = [

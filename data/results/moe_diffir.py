@@ -333,6 +333,8 @@ def draw_router(share: Tensor, tasks: list[str], apart: Tensor, codecs: list[str
 
 TITLE = "MoE-DiffIR"
 COST = "1.750 G, 298 T (200 steps)"
+FROZEN = {"1": "VAE and UNet; the MoE-Prompt Module alone trains (Sec. 3.4)",
+          "2": "all but the decoder's compensator (Secs. 3.4, 4.1)"}
 TASKS = "jpeg:5", "webp:5", "hevc:47", "vvc:47", "vvc:52", "avc:47"
 LEAD = [("jpeg:5", "PSNR"), ("jpeg:5", TINY_LPIPS), ("webp:5", "PSNR"), ("hevc:47", "PSNR")]
 TABLE = [*((task, "PSNR") for task in TASKS), *((task, TINY_LPIPS) for task in TASKS[:3])]

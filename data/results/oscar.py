@@ -391,6 +391,8 @@ def print_cosines(script, model, table: dict, z: list[Tensor], data: list[Path])
 
 TITLE = "OSCAR"
 COST = "0.977 G, 8.60 T"
+FROZEN = {"1": "the VAE (Sec. 3.2)",
+          "2": "the VAE, of the UNet all but LoRA (Secs. 3.2, 3.4)"}
 SHOWN = ("OSCAR 0.0313", "OSCAR 0.1250")
 COLUMNS = [(condition, metric) for condition in SHOWN for metric in ("PSNR", "SSIM", TINY_LPIPS, "detail")]
 CONDITION = "OSCAR 0.1250"

@@ -12,9 +12,10 @@ from pathlib import Path
 from statistics import mean
 
 from data.files import ROOT, UserError, atomic, note, read_json
+from data.results.figures import frozen
 from data.results.seeds import (DEFAULT, NAMED, SHIPS, TINY_LPIPS, Claim, cell, differences, differs,
                                 markdown, number, values)
-from data.results.tables import HERE, paper, papers, plural
+from data.results.tables import HERE, ledger_table, paper, papers, plural
 from data.runs import CommandLine, run_cli
 
 # ------------------------------------------------------------------------------------------- figures
@@ -145,6 +146,15 @@ def expected_block(script: str, rows: list[dict]) -> str:
             f"(more threads round differently, which is much like another seed):\n\n{table}")
 
 
+def ledger_block(script: str, row: dict) -> str:
+    """The ledgers of a run, and what the paper freezes."""
+    said = [f"Step 1 of each stage of `{row['command']}` ({row['machine']}, commit {row['commit']}):"]
+    for stage, ledger in row["ledger"].items():
+        (_, *groups), rows = ledger_table(ledger["norms"])
+        said += [markdown([f"stage {stage}", *groups], rows), frozen(script, stage, ledger)]
+    return "\n\n".join(said)
+
+
 def blocks(script: str, rows: list[dict]) -> dict[str, str]:
     """{name: text}. What compares runs is left out, and stands on the page as it was, where these are not of
     one commit."""
@@ -155,6 +165,7 @@ def blocks(script: str, rows: list[dict]) -> dict[str, str]:
                          f"```\n{r['printed']}\n```" for r in printed}
     said |= {r["choice"]: measured_block(r) for r in also}
     said["default"] = default_block(script, trained)
+    said |= {"ledger": ledger_block(script, r) for r in trained if r.get("ledger") and r["seed"] == 0}
     compared = {"ablations": ({r["choice"] for r in trained} - {SHIPS}, ablation_block),
                 "expected": ({DEFAULT, paper(script).EXERCISE[0]}, expected_block)}
     for name, (choices, block) in compared.items():

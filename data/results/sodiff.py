@@ -208,6 +208,8 @@ def figures(script, args) -> None:
 
 TITLE = "SODiff"
 COST = "0.980 G, 8.94 T"
+FROZEN = {"1": "nothing of SAIPE (Sec. 3.1)",
+          "2": "SAIPE, the VAE, of the UNet all but LoRA (Sec. 4.1)"}
 COLUMNS = QF_5
 CONDITION = "JPEG QF 5"
 CHOICES = [
