@@ -88,7 +88,7 @@ def test_the_exercise_is_red_until_it_is_right(lesson):
 
 def test_a_notebook_keeps_its_backend(lesson):
     """The figures of a command are shown as well as saved."""
-    assert pictures(lesson["figures"]) == 2 and "fig7.png" in printed(lesson["figures"])
+    assert pictures(lesson["figures"]) == 3 and "fig7.png" in printed(lesson["figures"])
 
 
 # ---- the README
