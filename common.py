@@ -533,30 +533,6 @@ def set_lr(optimizer, lr: float, step: int, cfg: Settings) -> None:
         group["lr"] = lr * fall
 
 
-def groups(modules: dict[str, nn.Module], train: bool = True) -> dict[str, list[nn.Parameter]]:
-    """The ledger's columns: parameters that training changes (or does not) by the first name of their path,
-    LoRA's apart; of several modules with theirs: {"G.unet LoRA": [...], "D.head": [...]}."""
-    found: dict[str, list[nn.Parameter]] = {}
-    for owner, module in modules.items():
-        for name, p in module.named_parameters():
-            first = next(k for k in name.split(".") if k not in ("sd", "_orig_mod") and not k.isdigit())
-            group = first.rstrip("0123456789") + " LoRA" * ("lora_" in name)
-            group = f"{owner}.{group}" if len(modules) > 1 else group
-            if p.requires_grad == train:
-                found.setdefault(group, []).append(p)
-    return found
-
-
-def gradient_norms(acc, term: Tensor, columns: dict[str, list[nn.Parameter]]) -> dict[str, float]:
-    """{group: norm of the loss term's gradient}, 0 where it moves nothing, as in what `frozen` holds."""
-    scale = acc.scaler.get_scale() if acc.scaler else 1.0  # float16 would round small ones to 0
-    free = [p for group in columns.values() for p in group if p.requires_grad]
-    grads = (torch.autograd.grad(scale * term.sum(), free, retain_graph=True, allow_unused=True)
-             if term.requires_grad else ())
-    power = {p: (g.float() / scale).square().sum() for p, g in zip(free, grads) if g is not None}
-    return {k: math.sqrt(sum(power.get(p, 0.0) for p in group)) for k, group in columns.items()}
-
-
 def clip(acc, optimizer, norm: float) -> None:
     """Gradients, once a step's last batch is through, down to a norm of at most `norm`; 0: as they are."""
     if norm and acc.sync_gradients:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import PHOTOS, SD, TINY_SD, Settings, device, gradient_norms, groups, load_trained, trained
+from common import PHOTOS, SD, TINY_SD, Settings, device, load_trained, trained
 from data import speed
 from data.files import (ROOT, SHIPPED, UserError, append, atomic, in_repo, leave_ctrl_c_to_the_parent,
                         list_files, list_images, load_tensors, note, outputs, read_json, save_tensors,
@@ -138,6 +138,30 @@ def filled_rows(path: Path, shape: tuple[int, ...], data, cfg: Settings, acc, ma
 def processes() -> int:
     """How many `accelerate launch` or torchrun started, which say so in the environment."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def groups(modules: dict[str, nn.Module], train: bool = True) -> dict[str, list[nn.Parameter]]:
+    """The ledger's columns: parameters that training changes (or does not) by the first name of their path,
+    LoRA's apart; of several modules with theirs: {"G.unet LoRA": [...], "D.head": [...]}."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for owner, module in modules.items():
+        for name, p in module.named_parameters():
+            first = next(k for k in name.split(".") if k not in ("sd", "_orig_mod") and not k.isdigit())
+            group = first.rstrip("0123456789") + " LoRA" * ("lora_" in name)
+            group = f"{owner}.{group}" if len(modules) > 1 else group
+            if p.requires_grad == train:
+                found.setdefault(group, []).append(p)
+    return found
+
+
+def gradient_norms(acc, term: Tensor, columns: dict[str, list[nn.Parameter]]) -> dict[str, float]:
+    """{group: norm of the loss term's gradient}, 0 where it moves nothing, as in what `frozen` holds."""
+    scale = acc.scaler.get_scale() if acc.scaler else 1.0  # float16 would round small ones to 0
+    free = [p for group in columns.values() for p in group if p.requires_grad]
+    grads = (torch.autograd.grad(scale * term.sum(), free, retain_graph=True, allow_unused=True)
+             if term.requires_grad else ())
+    power = {p: (g.float() / scale).square().sum() for p, g in zip(free, grads) if g is not None}
+    return {k: math.sqrt(sum(power.get(p, 0.0) for p in group)) for k, group in columns.items()}
 
 
 class Run:

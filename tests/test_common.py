@@ -28,10 +28,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 import codiff
 import common
 from common import (SD, STREAMS, TINY_SD, Crops, Discriminator, Settings, add_lora, dists, for_inference,
-                    frozen, gradient_norms, groups, jpeg, load_trained, noise_for, pad_to, set_lr, text_tokens,
-                    to_image, to_tensor, trained)
+                    frozen, jpeg, load_trained, noise_for, pad_to, set_lr, text_tokens, to_image, to_tensor,
+                    trained)
 from conftest import CAT, SCRIPTS, moved_by, published_lpips, tops
 from data.files import ROOT, UserError, load_part, load_tensors, save_tensors
+from data.runs import gradient_norms, groups
 
 # ---- the house
 
