@@ -23,8 +23,8 @@ from data.runs import CommandLine, run_cli
 
 def commit(script: str) -> str:
     """The last commit that touched what a training depends on; 'unknown' without git."""
-    files = [f"{script}.py", "common.py", "data/runs.py", "data/files.py", "data/pictures.py", "data/tiny-sd",
-             "data/photos"]
+    files = [f"{script}.py", "common.py", *(f"data/{name}" for name in (
+        "runs.py", "files.py", "pictures.py", "tiny-sd", "tiny-vgg", "tiny-clip", "photos"))]
     command = ["git", "-C", ROOT, "log", "-1", "--format=%h", "--", *files]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or "unknown"
