@@ -97,7 +97,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     needed, dev, *extras = ({re.match("[a-z-]+", line)[0] for line in lines} for lines in lists)
     assert distributions(CODE.values()) == needed.union(*extras)
     tests = distributions(ast.parse(path.read_text()) for path in (ROOT / "tests").rglob("*.py"))
-    assert dev - {"pytest-xdist"} <= tests | needed.union(*extras) and tests <= dev | needed
+    assert dev - {"pytest-xdist", "ipykernel"} <= tests | needed.union(*extras) and tests <= dev | needed
     assert project["project"]["optional-dependencies"].keys() == {"metrics", "codecs", "figures"}
     assert extras == [{"pyiqa"}, {"imageio-ffmpeg"}, {"matplotlib"}]
     assert "-n" not in project["tool"]["pytest"]["ini_options"]["addopts"].split()  # xdist may be missing

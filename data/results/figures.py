@@ -1,9 +1,9 @@
-"""A script's figures: how a run's training went, then the paper's analysis figures, drawn into RUN/samples.
+"""A script's figures: the paper's analysis figures, then how the training went, drawn into RUN/samples.
 
     python SCRIPT.py figures
     python SCRIPT.py figures --weights FOLDER --keep    # FOLDER is the default run's: the curves' reference
 
-The latter are told in data/results/SCRIPT.py. The former are the ledger, and every logged value beside the
+The former are told in data/results/SCRIPT.py. The latter are the ledger, and every logged value beside the
 default run's, which data/results/curves/SCRIPT.json holds."""
 
 from __future__ import annotations
@@ -161,5 +161,5 @@ def main(script, argv: list[str]) -> None:
     path = HERE / "curves" / f"{name}.json"
     if args.keep:
         return keep(args.weights, path)
-    training(name, args.weights, path)
     own.figures(script, args)
+    training(name, args.weights, path)
