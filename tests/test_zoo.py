@@ -120,7 +120,7 @@ def gradient_norm(said: str, term: str) -> float:
     return math.hypot(*map(float, norms))
 
 
-@pytest.mark.parametrize("n", FAULTS)
+@pytest.mark.parametrize("n", [pytest.param(n, marks=[pytest.mark.slow] * (n in (1, 4, 5))) for n in FAULTS])
 def test_a_fault_moves_its_number_and_crashes_nothing(n, repo):
     row = re.search(rf"^\| {n} \|.*\| ([\d.e-]+) \| ([\d.e-]+) \|$", SOLUTIONS, re.M)
     right, wrong = map(float, row.groups())
