@@ -65,7 +65,7 @@ class Stage1(Settings):
     depth: int          = setting(1,        2,        "released code: ViT blocks a scale", least=1)
     heads: int          = setting(4,        4,        "released code", least=1)
     spade: int          = setting(64,       128,      "released code: SPADE's hidden channels", least=1)
-    dp: str             = setting("small",  CLIP_B32, "Table 3: small, tiny-clip, none, any CLIP", "dp")
+    dp: str             = setting("small",  CLIP_B32, "Sec. 3.2: small, tiny-clip, none, any CLIP", "dp")
     v2t: str            = setting("small",  CLIP_H14, "Sec. 3.3, Table 3; H/14 has SD 2.1's space", "clip")
     enhancer: int       = setting(1,        4,        "ours: transformer blocks of the quality enhancer")
     lambda_dp: float    = setting(0.1,      0.0,      "ours: small prior tells tasks apart, as DA-CLIP's")
