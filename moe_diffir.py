@@ -65,10 +65,9 @@ class Stage1(Settings):
     depth: int          = setting(1,        2,        "released code: ViT blocks a scale", least=1)
     heads: int          = setting(4,        4,        "released code", least=1)
     spade: int          = setting(64,       128,      "released code: SPADE's hidden channels", least=1)
-    dp: str             = setting("small",  CLIP_B32, "Sec. 3.2: small, tiny-clip, none, any CLIP", "dp")
-    v2t: str            = setting("small",  CLIP_H14, "Sec. 3.3, Table 3; H/14 has SD 2.1's space", "clip")
+    dp: str             = setting(TINY_CLIP, CLIP_B32, "Sec. 3.2, Table 3: a CLIP, or 'none'", "dp")
+    v2t: str            = setting(TINY_CLIP, CLIP_H14, "Sec. 3.3, Table 3; H/14 has SD 2.1's space", "clip")
     enhancer: int       = setting(1,        4,        "ours: transformer blocks of the quality enhancer")
-    lambda_dp: float    = setting(0.1,      0.0,      "ours: small prior tells tasks apart, as DA-CLIP's")
     crop: int           = setting(128,      256,      "Sec. 4.1", least=1)
     start: str          = setting("lq",     "noise",  "Eq. 2; see `draw`, `sample`", "start", choices=STARTS)
     start_t: int        = setting(49,       49,       "ours: t* of 'lq'; 'noise' has t random", most=499)
@@ -110,7 +109,7 @@ class Stage2(Settings):
 
 
 class CIRPairs(Crops):
-    """Sample n -> (n, x_lq, x_hq, task): the same crop of a photograph and of one of its compressed versions,
+    """Sample n -> (n, x_lq, x_hq): the same crop of a photograph and of one of its compressed versions,
     each task as likely as another, flipped and rotated (Sec. 4.1). DIFFERS: the paper resizes to 256x256, and
     so blurs what compression did; the release crops, too. `period`: sample n is sample n % period."""
 
@@ -124,13 +123,13 @@ class CIRPairs(Crops):
     def read_once(self, file: Path) -> np.ndarray:
         return Crops.read.__wrapped__(self, file)
 
-    def __getitem__(self, n: int) -> tuple[int, Tensor, Tensor, int]:
+    def __getitem__(self, n: int) -> tuple[int, Tensor, Tensor]:
         n = n % self.period if self.period else n
         hq = self.file(n)
         versions = self.versions[hq]
-        task, lq = versions[int(rng(self.seed, "degradation", n).integers(len(versions)))]
+        _, lq = versions[int(rng(self.seed, "degradation", n).integers(len(versions)))]
         x_lq = self.view(self.read_once(lq) if self.few else self.read(lq), n)  # both by n: the same view
-        return n, to_tensor(x_lq), to_tensor(self.view(self.read(hq), n)), task
+        return n, to_tensor(x_lq), to_tensor(self.view(self.read(hq), n))
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -256,23 +255,20 @@ class SPADE(nn.Module):
         return skip + self(g, y)
 
 
-CLIP_SIZES = {  # where they are not transformers' defaults, B/32's
-    "small": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
-              "image_size": 64, "patch_size": 8},
-    CLIP_H14: {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
-               "num_attention_heads": 16, "patch_size": 14, "hidden_act": "gelu"}}
-
-
 def clip_encoder(name: str, flag: str, weights: bool = True) -> nn.Module:
-    """A CLIP image encoder: frozen, but for 'small', the tiny run's, random at first and trained along."""
+    """A CLIP's image encoder, frozen; without `weights` its architecture only."""
     from transformers import CLIPVisionConfig, CLIPVisionModel, logging
     logging.set_verbosity_error()  # it would list a whole CLIP's text encoder as left over
     logging.disable_progress_bar()
-    if name == "small" or not weights:
-        return CLIPVisionModel(CLIPVisionConfig(**CLIP_SIZES.get(name, {}))).requires_grad_(name == "small")
+    folder = ROOT / "data" / name if name == TINY_CLIP else name
+    sizes = {CLIP_B32: {}, CLIP_H14: {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
+                                      "num_attention_heads": 16, "patch_size": 14, "hidden_act": "gelu"}}
     try:
-        folder = ROOT / "data" / name if name == TINY_CLIP else name
-        return CLIPVisionModel.from_pretrained(folder).float().requires_grad_(False)
+        if weights:
+            return CLIPVisionModel.from_pretrained(folder).float().requires_grad_(False)
+        config = (CLIPVisionConfig(**sizes[name]) if name in sizes  # counted without a download
+                  else CLIPVisionConfig.from_pretrained(folder))
+        return CLIPVisionModel(config).requires_grad_(False)
     except Exception as error:  # no network, no such repository, a folder that holds something else
         why = str(error).splitlines()[0][:150]
         raise UserError(f"{flag} {name}: no CLIP image encoder ({why}); name a local one, keep it") from None
@@ -299,29 +295,6 @@ class Prior(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, 3, H, W) in [-1, 1] -> dp (B, M, width)."""
         return self.net(clip_input(x, self.net.config.image_size).to(self.net.dtype)).last_hidden_state
-
-
-class SmallPrior(nn.Module):
-    """The tiny run's stand-in for it: log-energies, in 4x4 regions, of learned filters on second differences,
-    which show what a codec did, not brightness. Trained along, and to tell tasks apart, as DA-CLIP was."""
-
-    def __init__(self, tasks: int):
-        super().__init__()
-        self.width = c = 16
-        self.fine = nn.Conv2d(9, c, 5, padding=2, bias=False)
-        self.coarse = nn.Conv2d(c, c, 5, 2, padding=2, bias=False)
-        self.out = nn.Sequential(nn.LayerNorm(2 * c), nn.Linear(2 * c, c), nn.GELU(), nn.Linear(c, c))
-        self.head = nn.Linear(c, tasks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) in [-1, 1] -> dp (B, 16, width)."""
-        x = F.pad(x.to(self.fine.weight.dtype), (1, 1, 1, 1), "replicate")  # (B, 3, H + 2, W + 2)
-        across = 2 * x[..., 1:-1, 1:-1] - x[..., 1:-1, :-2] - x[..., 1:-1, 2:]  # (B, 3, H, W)
-        down = 2 * x[..., 1:-1, 1:-1] - x[..., :-2, 1:-1] - x[..., 2:, 1:-1]  # as across
-        fine = self.fine(4 * torch.cat([across, down, across - down], 1))  # (B, 16, H, W)
-        coarse = self.coarse(F.silu(fine))                                 # (B, 16, H / 2, W / 2)
-        energy = torch.cat([F.adaptive_avg_pool2d(f.square(), 4) for f in (fine, coarse)], 1)  # (B, 32, 4, 4)
-        return self.out((energy + 1e-5).log().flatten(2).transpose(1, 2))
 
 
 class Visual2Text(nn.Module):
@@ -424,18 +397,17 @@ def diffuse(z: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
 class MoEDiffIR(nn.Module):
     """Frozen Stable Diffusion, the modules that stage 1 trains around it, stage 2's compensator, if any.
-    `empty` (L, D_text): the empty caption's tokens; `tasks`: how many the small prior tells apart."""
+    `empty` (L, D_text): the empty caption's tokens."""
 
-    def __init__(self, base: str | Path, cfg: Stage1, empty: Tensor, tasks: int, cfg2: Stage2 | None = None,
+    def __init__(self, base: str | Path, cfg: Stage1, empty: Tensor, cfg2: Stage2 | None = None,
                  weights: bool = True):
         super().__init__()
         self.base, self.cfg = base, cfg
         self.sd = SD(base, weights=weights)
         self.cell, self.stride = self.sd.cell, self.sd.stride
         unet, vae = self.sd.unet.config, self.sd.vae.config
-        self.prior = None
-        if cfg.prompt == "moe" and cfg.dp != "none":
-            self.prior = SmallPrior(tasks) if cfg.dp == "small" else Prior(cfg.dp, weights)
+        wanted = cfg.prompt == "moe" and cfg.dp != "none"
+        self.prior = Prior(cfg.dp, weights) if wanted else None
         dp_width = self.prior.width if self.prior else None
         self.module = MoEPromptModule(cfg, vae.latent_channels, len(unet.block_out_channels), dp_width)
         # as in StableSR, in all ResBlocks of the up blocks, full size first, and in the mid block's first
@@ -494,12 +466,11 @@ class MoEDiffIR(nn.Module):
         return out if self.sd.prediction == "epsilon" else a.sqrt() * out + (1 - a).sqrt() * z_t.float()
 
     def forward(self, z_t: Tensor, t: Tensor, z_lq: Tensor, x_lq: Tensor, noise: Tensor):
-        """Training: (eps_hat, gates, the small prior's guess of the task or None)."""
+        """Training: (eps_hat, the gates of each scale)."""
         dp = self.degradation_prior(x_lq)             # (B, M, D)
         ys, gates = self.module(z_lq, dp, noise)      # (B, width, ., .), (B, L, N) a scale
         out = self.unet(z_t, t, self.text(x_lq), ys)  # (B, C, h, w)
-        guess = self.prior.head(dp.mean(1)) if isinstance(self.prior, SmallPrior) else None
-        return self.eps(z_t, out, self.sd.alpha_bar[t]), gates, guess
+        return self.eps(z_t, out, self.sd.alpha_bar[t]), gates
 
     def sample(self, z_lq: Tensor, x_lq: Tensor, steps: int, generators: list[torch.Generator],
                tiles=whole) -> Tensor:
@@ -579,10 +550,9 @@ def stage1(run, cfg: Stage1, benchmark: Benchmark) -> MoEDiffIR:
     release the module alone learns by two slips: SPADE's learning rate, lr // 2, is 0, and the adapter is
     frozen. Its targets are sharpened: the paper does not say so, and tables compare with plain originals."""
     torch.manual_seed(run.seed)
-    model = MoEDiffIR(run.base, cfg, common.text_tokens(run.base, [""])[0], len(run.config["tasks"])).train()
+    model = MoEDiffIR(run.base, cfg, common.text_tokens(run.base, [""])[0]).train()
     pairs = CIRPairs(benchmark, cfg, model.cell, run.seed)
-    unused = cfg.v2t == "small" or cfg.dp == "small" and not cfg.lambda_dp  # its class token, its head
-    acc = run.start(cfg, some_unused=unused, **dict(model.named_children()))
+    acc = run.start(cfg, **dict(model.named_children()))
     if cfg.checkpointing:
         model.sd.unet.enable_gradient_checkpointing()
     adam = torch.optim.Adam(model.parameters(), cfg.lr, betas=(0.9, 0.999))
@@ -590,9 +560,8 @@ def stage1(run, cfg: Stage1, benchmark: Benchmark) -> MoEDiffIR:
     sd = acc.unwrap_model(model).sd
     shape = sd.latent_shape(cfg.crop)  # (C, h, w)
     gates_shape = (len(sd.unet.config.block_out_channels), cfg.experts, *shape[1:])  # (scales, N, h, w)
-    w = {"sd": 1.0, "dp": cfg.lambda_dp}
     first = run.resume({"model": model}, {"adam": adam})  # 0, or the step at which the run was stopped
-    for step, (n, x_lq, x_hq, task) in run.batches(pairs, first):
+    for step, (n, x_lq, x_hq) in run.batches(pairs, first):
         with acc.accumulate(model):  # cfg.accumulate batches make a step
             # forward
             with torch.no_grad(), acc.autocast():
@@ -600,14 +569,10 @@ def stage1(run, cfg: Stage1, benchmark: Benchmark) -> MoEDiffIR:
                 z_0 = sd.encode(x_hq, noise_for(n, shape, run.seed, "z_H")).float()
             t, eps = draw(n, z_lq, z_0, cfg, sd.alpha_bar, run.seed)
             z_t = diffuse(z_0, eps, sd.alpha_bar[t])  # (B, C, h, w)
-            eps_hat, gates, guess = model(z_t, t, z_lq, x_lq, noise_for(n, gates_shape, run.seed, "router"))
-            # losses
-            terms = {"sd": loss_sd(eps_hat, eps)}
-            if guess is not None and cfg.lambda_dp:  # the small prior's, of the task: (B, tasks)
-                terms["dp"] = F.cross_entropy(guess, task)
-            weighted = {k: w[k] * term for k, term in terms.items()}
-            loss = sum(weighted.values())  # Eq. 2; and of the small prior
-            run.ledger(step, weighted)
+            eps_hat, gates = model(z_t, t, z_lq, x_lq, noise_for(n, gates_shape, run.seed, "router"))
+            # loss
+            loss = loss_sd(eps_hat, eps)  # Eq. 2
+            run.ledger(step, {"sd": loss})
             # backward, clip, learning rate, step
             acc.backward(loss)
             common.clip(acc, adam, cfg.clip)
@@ -617,7 +582,7 @@ def stage1(run, cfg: Stage1, benchmark: Benchmark) -> MoEDiffIR:
         # at how many positions each expert is chosen, at every scale
         load = {f"load{i}.{e}@": share for i, g in enumerate(gates)
                 for e, share in enumerate((g > 0).float().mean((0, 1)))}
-        run.log(step, **terms, loss=loss, **load)
+        run.log(step, sd=loss, **load)
         run.save(step)
     run.finish(model)
     return acc.unwrap_model(model).eval()
@@ -627,7 +592,7 @@ def load_stage1(weights: Path, base: str | Path, cfg2: Stage2) -> MoEDiffIR:
     """The model as stage 1 of the run in the folder `weights` left it, with a new compensator."""
     cfg, tensors, header = Stage1.read(weights, "moe_diffir")
     empty = torch.zeros_like(tensors.get("empty", torch.zeros(1, 1)))  # restoring needs no text encoder
-    model = MoEDiffIR(base, cfg, empty, len(header["tasks"]))
+    model = MoEDiffIR(base, cfg, empty)
     load_trained(model, tensors, weights)
     model.compensator = Compensator(model.sd.vae.config.block_out_channels, cfg2)
     return model
@@ -670,7 +635,7 @@ def stage2(run, cfg: Stage2, benchmark: Benchmark, lpips: nn.Module) -> None:
     adam = torch.optim.Adam(compensator.parameters(), cfg.lr, betas=(0.9, 0.999))
     compensator, adam = acc.prepare(compensator, adam)
     first = run.resume({"compensator": compensator}, {"adam": adam})
-    for step, (n, x_lq, x_hq, _) in run.batches(pairs, first):
+    for step, (n, x_lq, x_hq) in run.batches(pairs, first):
         with acc.accumulate(compensator):
             # forward
             with torch.no_grad(), acc.autocast():
@@ -725,8 +690,8 @@ def restore(model: MoEDiffIR, image: Image.Image, steps: int | None = None, fide
 def train(args) -> None:
     cfg1, cfg2 = Stage1.of(args), Stage2.of(args)
     cfg1.check_steps("--s2-sampling", cfg2.sampling)
-    cfg1.dp, cfg1.v2t = (name if name in ("small", "none") or not Path(name).is_dir()
-                         else str(Path(name).resolve()) for name in (cfg1.dp, cfg1.v2t))
+    cfg1.dp, cfg1.v2t = (str(Path(name).resolve()) if Path(name).is_dir() else name
+                         for name in (cfg1.dp, cfg1.v2t))
     lpips = common.lpips(cfg2.lpips)
     make_cir = common.tool("make_cir")
     caches, tasks = make_cir.wanted(args.data or [common.PHOTOS / "train"], args.cache, args.codecs)

@@ -47,14 +47,14 @@ def empty():
 @pytest.fixture(scope="module")
 def model(empty):
     torch.manual_seed(0)
-    return MoEDiffIR(TINY_SD, SMALL, empty, 12, Stage2(levels=(0, 1, 2, 3), blocks=1)).eval()
+    return MoEDiffIR(TINY_SD, SMALL, empty, Stage2(levels=(0, 1, 2, 3), blocks=1)).eval()
 
 
 @pytest.fixture
 def stirred(empty):
     """A model whose layers that start at zero do not: modulation, adapter and compensator take part."""
     torch.manual_seed(1)
-    model = MoEDiffIR(TINY_SD, SMALL, empty, 12, Stage2(levels=(0, 1, 2, 3), blocks=1)).eval()
+    model = MoEDiffIR(TINY_SD, SMALL, empty, Stage2(levels=(0, 1, 2, 3), blocks=1)).eval()
     for p in model.parameters():
         if p.requires_grad and not p.any():
             torch.nn.init.normal_(p, std=0.05)
@@ -72,8 +72,9 @@ def test_a_sample_is_the_same_crop_of_both(photos, tmp_path):
     benchmark = make_cir.read([([photos], tmp_path)], [("jpeg", "5"), ("webp", "15"), ("vvc", "47")])
     pairs = CIRPairs(benchmark, Stage1(crop=64), 32, 0)
     samples = [pairs[n] for n in range(60)]
-    same = [bool(torch.equal(x_lq, x_hq)) for _, x_lq, x_hq, _ in samples]
-    assert 15 < sum(same) < 45 and same == [task == 0 for *_, task in samples]
+    same = [bool(torch.equal(x_lq, x_hq)) for _, x_lq, x_hq in samples]
+    other = CIRPairs({hq: versions[1:] for hq, versions in benchmark.items()}, Stage1(crop=64), 32, 0)
+    assert 15 < sum(same) < 45 and same == [not torch.equal(x_lq, other[n][1]) for n, x_lq, _ in samples]
     again = CIRPairs(benchmark, Stage1(crop=64), 32, 0, period=7)
     assert all(torch.equal(a, b) for a, b in zip(again[23][1:3], pairs[23 % 7][1:3]))
 
@@ -271,12 +272,12 @@ def test_the_adapter_is_clip_adapters_on_clips_tokens_and_learned_ones(model, em
     with torch.no_grad():
         c = v2t(x)
         hook.remove()
-        t = F.conv2d(tokens[0].transpose(1, 2).reshape(2, 64, 8, 8), v2t.conv.weight, v2t.conv.bias, 1, 1)
+        t = F.conv2d(tokens[0].transpose(1, 2).reshape(2, 192, 16, 16), v2t.conv.weight, v2t.conv.bias, 1, 1)
         t = torch.cat([t.flatten(2).transpose(1, 2), empty.expand(2, -1, -1)], 1)
         W_1, W_2 = (v2t.mlp[i].weight for i in (0, 2))
         assert W_1.shape == (24, 96) and not any(b.endswith("bias") for b in v2t.mlp.state_dict())
         assert torch.allclose(c, t + (t @ W_1.T).relu().matmul(W_2.T).relu(), atol=1e-5)
-        assert c.shape == (2, 64 + 77, 96) and torch.equal(v2t.learned, empty)
+        assert c.shape == (2, 256 + 77, 96) and torch.equal(v2t.learned, empty)
 
 
 # ---- the decoder compensator, Fig. 3d
@@ -429,7 +430,6 @@ def test_losses_equal_their_formulas(run):
     for row in rows_of(run.folder)[:4]:  # every position chooses K = 3 prompts at each of three scales
         load = {k: v for k, v in row.items() if k.startswith("load")}
         assert sum(load.values()) == pytest.approx(9, abs=1e-4) and sum(k[4] == "1" for k in load) == 7
-        assert row["loss"] == pytest.approx(row["sd"] + Stage1().lambda_dp * row["dp"], rel=1e-4)
 
 
 # ---- both stages
@@ -439,9 +439,9 @@ def test_stage_1_moves_its_modules_and_nothing_else(stirred):
     z, x, noise = torch.randn(2, 16, 8, 8), torch.rand(2, 3, 64, 64), torch.randn(2, 3, 7, 8, 8)
     eps_hat, *_ = stirred(z, torch.tensor([100, 300]), z, x, noise)
     moved = moved_by(moe_diffir.loss_sd(eps_hat, torch.randn_like(z)), stirred)
-    assert tops(moved) == {"module", "spade", "v2t", "prior"}
-    assert {"v2t.patch.weight", "v2t.position", "v2t.conv.weight", "v2t.learned", "prior.fine.weight",
-            "prior.coarse.weight", "module.prompt.0.P", "module.prompt.0.W_g.weight",
+    assert tops(moved) == {"module", "spade", "v2t"}  # both CLIPs are frozen
+    assert {"v2t.patch.weight", "v2t.position", "v2t.conv.weight", "v2t.learned",
+            "module.prompt.0.P", "module.prompt.0.W_g.weight",
             "module.prompt.0.W_noise.weight", "module.prompt.0.meet.to_q.weight"} <= moved
     assert "sd" not in tops(n for n, p in stirred.named_parameters() if p.requires_grad)
 
@@ -449,7 +449,7 @@ def test_stage_1_moves_its_modules_and_nothing_else(stirred):
 def test_the_module_learns_from_the_second_step_on(empty):
     """SPADE's last layer is zero at first: only its gradient is not. After one step of it all have some."""
     torch.manual_seed(0)
-    model, z = MoEDiffIR(TINY_SD, SMALL, empty, 12), torch.randn(2, 16, 8, 8)
+    model, z = MoEDiffIR(TINY_SD, SMALL, empty), torch.randn(2, 16, 8, 8)
     x, noise = torch.rand(2, 3, 64, 64), torch.randn(2, 3, 7, 8, 8)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     for step in range(2):
@@ -498,7 +498,7 @@ def test_a_run_keeps_what_it_trained(run):
     """Stage 1: its modules, and the empty caption's tokens. Stage 2: the compensator and its units."""
     files = (run.folder / "model" / f"stage{n}.safetensors" for n in (1, 2))
     (stage1, _), (stage2, header) = map(load_tensors, files)
-    assert tops(stage1) == {"empty", "module", "spade", "v2t", "prior"}
+    assert tops(stage1) == {"empty", "module", "spade", "v2t"}
     assert tops(stage2) == {"fuse", "mean0", "std0"}
     assert header["tasks"][0] == "jpeg:5" and header["stage1.width"] == 16
 

@@ -121,6 +121,6 @@ def test_scripts_take_the_photographs_pixels_from_pieces(tmp_path):
     caches = [([tmp_path / "out"], tmp_path / "bench")]
     make_cir.complete(caches, [("jpeg", "5"), ("jpeg", "15")])
     pairs = CIRPairs(make_cir.read(caches, [("jpeg", "5"), ("jpeg", "15")]), Stage1(crop=64), 64, seed=0)
-    n, x_lq, x_hq, task = pairs[0]
+    n, x_lq, x_hq = pairs[0]
     assert x_lq.shape == x_hq.shape == (3, 64, 64) and len(pairs.files) == 5
     assert os.listdir(tmp_path / "bench" / "jpeg" / "5") and 0.02 < (x_lq - x_hq).abs().mean() < 1

@@ -236,7 +236,7 @@ profile_flags = no_flags
 
 def build(script, base, cfg1, cfg2, lora: bool):
     width = read_json(Path(base) / "unet" / "config.json")["cross_attention_dim"]
-    return script.MoEDiffIR(base, cfg1, torch.zeros(77, width), 12, cfg2, weights=False)
+    return script.MoEDiffIR(base, cfg1, torch.zeros(77, width), cfg2, weights=False)
 
 
 def parts(model, x: Tensor) -> Parts:
