@@ -49,7 +49,7 @@ from common import (ROOT, SD, Crops, Settings, UserError, device, load_trained, 
 
 CLIP_B32, CLIP_H14 = "openai/clip-vit-base-patch32", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 TINY_CLIP = "tiny-clip"  # of data: a CLIP in miniature, trained as DA-CLIP to name what a codec did, too
-PROMPTS, STARTS = ("none", "single", "multiple", "moe"), ("lq", "noise")
+PROMPTS = "none", "single", "multiple", "moe"
 Benchmark = dict[Path, list[tuple[int, Path]]]  # photograph: [(number of the task, compressed version), ...]
 
 
@@ -69,8 +69,7 @@ class Stage1(Settings):
     v2t: str            = setting(TINY_CLIP, CLIP_H14, "Sec. 3.3, Table 3; H/14 has SD 2.1's space", "clip")
     enhancer: int       = setting(1,        4,        "ours: transformer blocks of the quality enhancer")
     crop: int           = setting(128,      256,      "Sec. 4.1", least=1)
-    start: str          = setting("lq",     "noise",  "Eq. 2; see `draw`, `sample`", "start", choices=STARTS)
-    start_t: int        = setting(49,       49,       "ours: t* of 'lq'; 'noise' has t random", most=499)
+    t_star: int         = setting(49,       0,        "ours: one step's t; 0: N steps", "t_star", most=499)
     checkpointing: bool = setting(False,    False,    "ours: of UNet and SPADE; less memory, more time")
     lr: float           = setting(1e-3,     5e-5,     "Sec. 4.1")
     clip: float         = setting(1.0,      1.0,      "ours: gradient norm; 0 clips nothing")
@@ -82,9 +81,9 @@ class Stage1(Settings):
         self.check_multiple("width", self.heads)
 
     def check_steps(self, flag: str, steps: int) -> None:
-        least, most = (1, 1) if self.start == "lq" else (2, 1000)  # one step from noise restores nothing
+        least, most = (1, 1) if self.t_star else (2, 1000)  # one step from noise restores nothing
         if not least <= steps <= most:
-            raise UserError(f"{flag} {steps}: must be from {least} to {most} (--start {self.start})")
+            raise UserError(f"{flag} {steps}: must be from {least} to {most} (--t-star {self.t_star})")
 
 
 @dataclass
@@ -475,7 +474,7 @@ class MoEDiffIR(nn.Module):
     def sample(self, z_lq: Tensor, x_lq: Tensor, steps: int, generators: list[torch.Generator],
                tiles=whole) -> Tensor:
         """z_0 in `steps` calls of the UNet: ancestral sampling (Ho et al. 2020) from noise, each picture's by
-        its generator, over even timesteps, T - 1 to 0. Start "lq": one call, from z_lq without noise."""
+        its generator, over even timesteps, T - 1 to 0. With t*: one call, from z_lq without noise."""
         from diffusers.utils.torch_utils import randn_tensor
         dp, c = self.degradation_prior(x_lq), self.text(x_lq)  # (B, M, D), (B, tokens, D_text)
         module = functools.lru_cache(1)(lambda z_lq: self.module(z_lq, dp)[0])  # once; in windows once a step
@@ -483,8 +482,8 @@ class MoEDiffIR(nn.Module):
         def predict(t, z_t, z_lq):
             times = torch.full((len(z_t),), t, device=z_t.device)  # (B,)
             return self.sd.x0(z_t, self.unet(z_t, times, c, module(z_lq)), self.sd.alpha_bar[t])
-        alpha_bar, t = self.sd.alpha_bar.to(z_lq.device), self.cfg.start_t
-        if self.cfg.start == "lq":
+        alpha_bar = self.sd.alpha_bar.to(z_lq.device)
+        if t := self.cfg.t_star:
             return tiles(functools.partial(predict, t), alpha_bar[t].sqrt() * z_lq, z_lq)
         times = torch.linspace(len(alpha_bar) - 1, 0, steps).round().int().tolist()
         z = randn_tensor(z_lq.shape, generators, z_lq.device)  # z_T
@@ -520,11 +519,11 @@ class MoEDiffIR(nn.Module):
 
 def draw(n: Tensor, z_lq: Tensor, z_0: Tensor, cfg: Stage1, alpha_bar: Tensor, seed: int) -> tuple:
     """t (B,) and eps (B, C, h, w) of Eq. 2, for samples n: random.
-    DIFFERS: with start "lq", the tiny run's, t is always t*, and eps what leads from z_0 to the z_t that is
+    DIFFERS: with a t*, as in the tiny run, t is always that, and eps what leads from z_0 to the z_t that is
     sqrt(alpha_bar) z_lq, which one step restores. (One step cannot take out the noise that it was given.)"""
-    if cfg.start == "lq":
-        a = alpha_bar[cfg.start_t]
-        return torch.full_like(n, cfg.start_t), (a / (1 - a)).sqrt() * (z_lq - z_0)
+    if cfg.t_star:
+        a = alpha_bar[cfg.t_star]
+        return torch.full_like(n, cfg.t_star), (a / (1 - a)).sqrt() * (z_lq - z_0)
     t = n.new_tensor([rng(seed, "t", i).integers(len(alpha_bar)) for i in n.tolist()])
     return t, noise_for(n, z_0.shape[1:], seed, "eps")
 
@@ -699,7 +698,7 @@ def train(args) -> None:
     benchmark = make_cir.made(caches, tasks)
     if args.stage in ("1", "all"):
         model = stage1(run, cfg1, benchmark)
-        if cfg1.start == "lq" and run.acc.is_main_process:  # what one step does already
+        if cfg1.t_star and run.acc.is_main_process:  # what one step does already
             val = args.val or [common.PHOTOS / "val"]
             common.tool("results.moe_diffir").print_latent_errors(model, val, tasks)
         del model

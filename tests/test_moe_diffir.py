@@ -366,7 +366,7 @@ def test_eps_of_both_parametrisations(model, monkeypatch):
 def test_sampling_is_diffusers_ancestral_of_fixed_small_variance(stirred, monkeypatch):
     """From pure noise, t from 999 to 0, both included; each picture's noise by its own generator."""
     model = stirred
-    monkeypatch.setattr(model, "cfg", Stage1(start="noise"))
+    monkeypatch.setattr(model, "cfg", Stage1(t_star=0))
     scheduler = DDPMScheduler.from_pretrained(TINY_SD, subfolder="scheduler", timestep_spacing="linspace",
                                               variance_type="fixed_small", clip_sample=False)
     scheduler.set_timesteps(5)
@@ -384,7 +384,7 @@ def test_sampling_is_diffusers_ancestral_of_fixed_small_variance(stirred, monkey
 
 def test_the_module_runs_once_a_picture_however_many_steps(model, monkeypatch):
     calls, real = [], model.module.forward
-    monkeypatch.setattr(model, "cfg", Stage1(start="noise"))
+    monkeypatch.setattr(model, "cfg", Stage1(t_star=0))
     monkeypatch.setattr(model.module, "forward", lambda *args: calls.append(1) or real(*args))
     with torch.no_grad():
         model.sample(torch.randn(1, 16, 8, 8), torch.rand(1, 3, 64, 64), 4, [torch.Generator()])
@@ -395,7 +395,7 @@ def test_the_module_runs_once_a_picture_however_many_steps(model, monkeypatch):
 
 
 def test_eq_2_from_noise_is_uniform_in_t_and_standard_normal_and_each_samples_own(model):
-    cfg, n, alpha_bar = Stage1(start="noise"), torch.arange(400), model.sd.alpha_bar
+    cfg, n, alpha_bar = Stage1(t_star=0), torch.arange(400), model.sd.alpha_bar
     z_lq, z_0 = torch.randn(2, 400, 16, 2, 2)
     t, eps = moe_diffir.draw(n, z_lq, z_0, cfg, alpha_bar, 0)
     counts = torch.histc(t.float(), 4, 0, 1000)
@@ -417,7 +417,7 @@ def test_eq_2_from_the_compressed_latent_asks_for_what_one_step_restores(model, 
     with torch.no_grad():
         got = model.sample(z_lq, x, 1, [])
     assert torch.equal(seen[0], z_t) and torch.equal(seen[1], t) and torch.allclose(got, z_0, atol=1e-5)
-    assert Stage1.paper().start == "noise" and Stage2.paper().sampling == 200
+    assert Stage1.paper().t_star == 0 and Stage2.paper().sampling == 200
 
 
 def test_losses_equal_their_formulas(run):
@@ -462,8 +462,8 @@ def test_the_module_learns_from_the_second_step_on(empty):
         optimizer.step()
 
 
-@pytest.mark.parametrize("start, sampling", [("lq", 1), ("noise", 3)])
-def test_a_run_of_either_start(start, sampling, photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("t_star, sampling", [(49, 1), (0, 3)])
+def test_a_run_of_either_start(t_star, sampling, photos, tmp_path, monkeypatch):
     """What the UNet is given and asked for; z_0 and restore are of as many steps as the run says."""
     encoded, given, asked, drawn, steps = [], [], [], [], []
 
@@ -478,20 +478,20 @@ def test_a_run_of_either_start(start, sampling, photos, tmp_path, monkeypatch):
     record(MoEDiffIR, "sample", lambda _, model, z_lq, x_lq, n, *more: steps.append(n))
     record(moe_diffir, "draw", lambda out, n, *latents: drawn.extend([*out, *latents]))
     record(moe_diffir, "loss_sd", lambda _, eps_hat, eps: asked.append(eps))
-    more = ["--codecs", "jpeg:5", "--s1-steps", 1, "--s2-steps", 1, "--start", start]
-    more += ["--s2-sampling", 3] if start == "noise" else []
+    more = ["--codecs", "jpeg:5", "--s1-steps", 1, "--s2-steps", 1, "--t-star", t_star]
+    more += ["--s2-sampling", 3] if not t_star else []
     moe_diffir.main(train_args("moe_diffir", tmp_path / "run", photos, *more))
     (z_lq, z_0), (t, eps, *latents, cfg, alpha_bar, seed) = encoded[:2], drawn
-    assert all(map(torch.equal, latents, (z_lq, z_0))) and cfg.start == start and seed == 0
+    assert all(map(torch.equal, latents, (z_lq, z_0))) and cfg.t_star == t_star and seed == 0
     z_t = moe_diffir.diffuse(z_0, eps, alpha_bar[t])
     assert all(map(torch.equal, (*given[:3], *asked), (z_t, t, z_lq, eps)))
-    # one step's errors after stage 1 of "lq"; three batches of latents; eval of two pictures; again errors
-    assert steps == [1, 1] * (start == "lq") + [sampling] * (3 + 2) + [1, 1] * (start == "lq")
+    # with t*: one step's errors after stage 1; three batches of latents; eval of two pictures; again errors
+    assert steps == [1, 1] * bool(t_star) + [sampling] * (3 + 2) + [1, 1] * bool(t_star)
     restore = ["restore", photos / "cat.png", "-o", tmp_path / "o.png", "--weights", tmp_path / "run"]
     moe_diffir.main([*map(str, restore)])
-    if start == "noise":
+    if not t_star:
         moe_diffir.main([*map(str, restore), "--steps", "2"])
-    assert steps[9 if start == "lq" else 5:] == ([1] if start == "lq" else [3, 2])
+    assert steps[9 if t_star else 5:] == ([1] if t_star else [3, 2])
 
 
 def test_a_run_keeps_what_it_trained(run):
@@ -556,11 +556,11 @@ def test_ablations_with_a_frozen_clip(tmp_path, photos, clip, capsys, no_evaluat
 # ---- inference
 
 
-@pytest.mark.parametrize("start, steps, levels", [("lq", 1, 6), ("noise", 3, 30)])
-def test_tiles_keep_the_picture(run, monkeypatch, start, steps, levels):
+@pytest.mark.parametrize("t_star, steps, levels", [(49, 1, 6), (0, 3, 30)])
+def test_tiles_keep_the_picture(run, monkeypatch, t_star, steps, levels):
     """Padded to 8 pixels the whole is encoded once, windows twice. From noise more is made up."""
     model, calls, real = run.model, [], run.model.encode
-    monkeypatch.setattr(model, "cfg", replace(model.cfg, start=start))
+    monkeypatch.setattr(model, "cfg", replace(model.cfg, t_star=t_star))
     lq = compress(CAT.crop((0, 0, 300, 250)), "jpeg", "10")[0]
     monkeypatch.setattr(model, "encode", lambda x: calls.append(x.shape) or real(x))
     whole = moe_diffir.restore(model, lq, steps)

@@ -329,7 +329,7 @@ def test_a_batch_that_processes_cannot_share_is_refused_before_anything_is_read(
 
 
 # Beside the papers' ablations
-MORE_SWITCHES = {"moe_diffir": ["--prompt single", "--start noise --s2-sampling 2 --cache-latents 0"]}
+MORE_SWITCHES = {"moe_diffir": ["--prompt single", "--t-star 0 --s2-sampling 2 --cache-latents 0"]}
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def evaluate(script, args) -> None:
     by_codec, gap = codec_means(results, list(rows))
     over_all = all_tasks(results, ["compressed", *rows])
     errors = {}
-    if model.cfg.start == "lq":  # noise is not taken out in one step
+    if model.cfg.t_star:  # noise is not taken out in one step
         errors = print_latent_errors(model, args.data, [task for task in tasks if task not in lq_of])
     options = {"fidelity": args.fidelity, "tile": args.tile}
     finish(args, files, options=options, results=results, codecs=by_codec, all_tasks=over_all, gap_closed=gap,
