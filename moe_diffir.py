@@ -92,13 +92,12 @@ class Stage2(Settings):
     number = 2
     #                              tiny run  paper run
     sampling: int        = setting(1,        200,      "released code: steps to z_0, in restore too", least=1)
-    levels: tuple        = setting((0,),     (1, 2),   "released code: H / 2^i that it works at", most=3)
+    levels: tuple        = setting((1, 2),   (1, 2),   "released code: H / 2^i that it works at", most=3)
     blocks: int          = setting(1,        2,        "ours: residual blocks at each of them")
     lpips: str           = setting("tiny-vgg", "vgg16", "Eq. 4; VGG: released code")
     cache_latents: int   = setting(300,      70_000,   "Sec. 4.1: z_0 in advance; 0: none", "cache_latents")
     crop: int            = setting(256,      256,      "Sec. 4.1", least=1)
-    lr: float            = setting(1e-3,     1e-4,     "Sec. 4.1")
-    decay: float         = setting(0.8,      0.0,      "ours: last part of the run in which lr falls to 0")
+    lr: float            = setting(1e-4,     1e-4,     "Sec. 4.1")
     clip: float          = setting(1.0,      1.0,      "ours: gradient norm; 0 clips nothing")
     batch: int           = setting(1,        32,       "Sec. 4.1", least=1)
     steps: int           = setting(300,      100_000,  "Sec. 4.1", least=1)
