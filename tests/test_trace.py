@@ -16,7 +16,7 @@ SIZES = {"codiff": BASE | {"H": 96, "W": 160, "T_L": codiff.Stage2.T_L},  # a pi
          "sodiff": BASE | {"H": 96, "W": 160, "T_max": 1000, "c": 24},
          "oscar": {"B": 1, "C": BASE["C"], "H": 128, "W": 192, "D": 8, "r": 1, "s": 4},
          "moe_diffir": {"B": 1, "C": BASE["C"], "H": 96, "W": 136, "L": 12 * 17, "width": 16, "N": 7,
-                        "M": 16, "D": 16}}
+                        "M": 257, "D": 192}}
 TRAINING = {"codiff": {"x_hq", "z_H", "q"}, "sodiff": {"x_hq", "z_H", "e_text", "g"}, "oscar": {"D"},
             "moe_diffir": {"x_hq"}}  # what no inference has
 OF_SELF = {"T_L", "s", "t[r]", "P"}  # attributes, which a function has from its first line
