@@ -499,7 +499,7 @@ def test_a_run_keeps_what_it_trained(run):
     files = (run.folder / "model" / f"stage{n}.safetensors" for n in (1, 2))
     (stage1, _), (stage2, header) = map(load_tensors, files)
     assert tops(stage1) == {"empty", "module", "spade", "v2t"}
-    assert tops(stage2) == {"fuse", "mean0", "std0"}
+    assert tops(stage2) == {"fuse", "mean1", "std1", "mean2", "std2"}
     assert header["tasks"][0] == "jpeg:5" and header["stage1.width"] == 16
 
 

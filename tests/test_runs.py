@@ -70,10 +70,11 @@ MOVES = {"codiff": [{"qf": [*SHARED, "qf_pred"], "rec": [*SHARED, "m_body_decode
          "oscar": [{"sim": ["backbone", "quantizer", "proj"], "vq": ["backbone", "quantizer"],
                     "z": ["backbone", "quantizer", "proj"]},
                    {"repa": Q} | dict.fromkeys(("mse", "dists", "ea", "gan_g"), G["oscar"]) | {"gan_d": D}],
-         "moe_diffir": [{"sd": ["spade", "v2t"], "dp": ["prior"]}, {"lpips": ["fuse"]}]}
+         "moe_diffir": [{"sd": ["spade", "v2t"]}, {"lpips": ["fuse"]}]}
 FROZEN = {"codiff": [[], ["G.vae", "G.unet", "G.cave", "D.unet"]],
           "sodiff": [[], ["G.vae", "G.unet", "G.E_down", "G.T_align", "D.unet"]],
-          "oscar": [[], ["G.vae", "G.unet", "D.unet"]], "moe_diffir": [["vae", "unet"], []]}
+          "oscar": [[], ["G.vae", "G.unet", "D.unet"]],
+          "moe_diffir": [["vae", "unet", "prior", "v2t"], []]}  # of v2t CLIP
 
 
 def moves(folder, *stages) -> list[dict]:
