@@ -75,9 +75,6 @@ class Stage1(Settings):
     D: int          = setting(16,       32,      "released code: of the codes, Sec. 3.3's M", least=1)
     ema: float      = setting(0.97,     0.8,     "released code: the codebook's decay", most=1)
     crop: int       = setting(128,      256,     "released code", least=1)
-    zoom: int       = setting(2,        1,       "ours: some crops are larger by this, then reduced", least=1)
-    jitter: float   = setting(0.2,      0.0,     "ours: of contrast, brightness; nine photos are few")
-    period: int     = setting(512,      0,       "ours: as many crops, encoded once; 0: all new")
     sim: bool       = setting(True,     True,    "Eq. 6, in both stages; Fig. 7", "sim")
     lambda_z: float = setting(4.0,      0.0,     "ours: of |z_tilde - z_0|^2, for lengths")
     lr: float       = setting(2e-3,     2e-5,    "Sec. 4.1")
@@ -102,8 +99,6 @@ class Stage2(Settings):
     lambda_2: float     = setting(5e-3,       5e-3,     "Sec. 4.1, Eq. 14")
     rank: int           = setting(16,         16,       "Sec. 4.1", least=1)
     crop: int           = setting(128,        256,      "released code", least=1)
-    zoom: int           = setting(2,          1,        "ours: some crops are larger, then reduced", least=1)
-    jitter: float       = setting(0.2,        0.0,      "ours: of contrast, brightness; nine photos are few")
     lr: float           = setting(5e-4,       5e-5,     "Sec. 4.1")
     lr_D: float         = setting(2e-4,       5e-5,     "Sec. 4.1: one for both")
     weight_decay: float = setting(1e-5,       1e-5,     "Sec. 4.1")
@@ -117,24 +112,14 @@ class Stage2(Settings):
 
 
 class Photos(Crops):
-    """Sample n -> (n, x): a crop, or one of up to `zoom` times the size, reduced; contrast and brightness of
-    each channel changed by up to `jitter`. `period`: sample n is sample n % period."""
+    """Sample n -> (n, x), a crop."""
 
     def __init__(self, folders, cfg: Stage1 | Stage2, stride: int, seed: int):
         cfg.check_multiple("crop", stride)
-        super().__init__(folders, cfg.crop * cfg.zoom, seed)
-        self.cfg = cfg
-        self.period = getattr(cfg, "period", 0)
+        super().__init__(folders, cfg.crop, seed)
 
     def __getitem__(self, n: int) -> tuple[int, Tensor]:
-        n = n % self.period if self.period else n
-        r = rng(self.seed, "degradation", n)
-        times = int(r.integers(1, self.cfg.zoom + 1))  # 1: as it is; 2: reduced to half
-        side = times * self.cfg.crop  # of what becomes one crop
-        left, top = r.integers(0, self.size - side + 1, 2).tolist()
-        x = Image.fromarray(self.crop(n)).crop((left, top, left + side, top + side)).reduce(times)
-        gain, offset = torch.from_numpy(r.uniform(-1, 1, (2, 3, 1, 1))).float() * self.cfg.jitter
-        return n, (to_tensor(x) * (1 + gain) + offset).clamp(-1, 1)
+        return n, to_tensor(self.crop(n))
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -481,16 +466,12 @@ def stage1(run, cfg: Stage1) -> None:
     adam = torch.optim.Adam(Qs.parameters(), cfg.lr, fused=True)
     all_rates, adam = acc.prepare(Qs.train(), adam)
     w = {"sim": float(cfg.sim), "vq": 1.0, "z": cfg.lambda_z}  # Eq. 8's weights, and of lengths (ours)
-    known: dict[int, Tensor] = {}  # latents of samples, kept where these come again
     first = run.resume({"Q": all_rates}, {"adam": adam})  # 0, or the step at which the run was stopped
     for step, (n, x) in run.batches(photos, first):
         with acc.accumulate(all_rates):  # cfg.accumulate batches make a step
             # forward
-            if not all(i in known for i in n.tolist()):
-                with torch.no_grad(), acc.autocast():
-                    z_0 = sd.encode(x, noise_for(n, sd.latent_shape(cfg.crop), run.seed, "z_0")).float()
-                known = (known if cfg.period else {}) | dict(zip(n.tolist(), z_0))
-            z_0 = torch.stack([known[i] for i in n.tolist()])
+            with torch.no_grad(), acc.autocast():
+                z_0 = sd.encode(x, noise_for(n, sd.latent_shape(cfg.crop), run.seed, "z_0")).float()
             l_sim, l_vq, l_z = all_rates(z_0)  # (8,) each, one a rate
             # losses
             terms = {"sim": l_sim, "vq": l_vq, "z": l_z}

@@ -57,16 +57,12 @@ def test_bit_rates_are_the_papers_and_sizes_the_releases():
     assert sizes == pytest.approx({8: 16.57, 4: 14.10, 2: 10.75, 1: 7.41}, abs=0.01)
 
 
-def test_photos_are_functions_of_seed_and_number_which_come_again_after_a_period():
-    def photos(**settings):
-        return Photos([PHOTOS / "train"], Stage1(crop=64, **settings), 64, 7)
-    one, two, plain = photos(), photos(), photos(zoom=1, jitter=0.0)
+def test_photos_are_functions_of_seed_and_number():
+    one, two = (Photos([PHOTOS / "train"], Stage1(crop=64), 64, 7) for _ in range(2))
     for n in (0, 5, 40):
         x = one[n][1]
         assert x.shape == (3, 64, 64) and x.abs().max() <= 1 and torch.equal(x, two[n][1])
-    assert torch.equal(plain[3][1], to_tensor(plain.crop(3)))
-    (m, x), (n, y) = (photos(period=period)[12] for period in (5, 0))
-    assert (m, n) == (2, 12) and torch.equal(x, one[2][1]) and torch.equal(y, one[12][1])
+        assert torch.equal(x, to_tensor(one.crop(n)))
 
 
 @pytest.mark.parametrize("s", [1, 2, 4, 8])
