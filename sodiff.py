@@ -72,10 +72,8 @@ class Stage2(Settings):
     number = 2
     #                             tiny run            paper run
     timestep: str       = setting("predicted",        "predicted", "Table 3", "timestep", choices=TIMESTEPS)
-    tau_0: int          = setting(99,                 499,      "ours: fixed, or the bell's centre", most=999)
-    spread: float       = setting(40.0,               0.0,      "ours: logits start as a bell; 0: flat")
+    tau_0: int          = setting(99,                 499,      "ours: of --timestep fixed", most=999)
     widths: tuple       = setting((32, 64, 128, 256), (64, 128, 256, 512), "ours: the predictor's blocks")
-    highpass: float     = setting(8.0,                0.0,      "ours: gain of the predictor's first filters")
     rank: int           = setting(16,                 16,       "Sec. 4.1", least=1)
     disc_base: str      = setting("",                 SDXL,     "Sec. 4.1; '': the base's own", "disc_base")
     crop: int           = setting(128,                512,      "Sec. 4.1", least=1)
@@ -276,28 +274,23 @@ class ResidualBlock(nn.Module):
 
 class TimePredictor(nn.Module):
     """I_L (B, 3, H, W) in [-1, 1] -> (QF_pred (B,), logits (B, T_max)): four residual blocks, shared average
-    pooling and two linear branches. OURS: the logits start the same for all images, all zero
-    (tau = (T_max - 1) / 2 but for Gumbel noise), or with `spread` as a bell of that deviation about tau_0."""
+    pooling and two linear branches. OURS: all logits start at zero, so that tau does at (T_max - 1) / 2;
+    18 first filters as second differences: QF shows in fine detail, which random ones drown in brightness."""
 
-    def __init__(self, widths: tuple[int, ...], T_max: int, tau_0: int, spread: float, highpass: float):
+    def __init__(self, widths: tuple[int, ...], T_max: int):
         super().__init__()
         self.blocks = nn.Sequential(*[ResidualBlock(a, b) for a, b in zip((3, *widths), widths)])
         self.qf = nn.Linear(widths[-1], 1)
         self.logits = nn.Linear(widths[-1], T_max)
         nn.init.constant_(self.qf.bias, 0.5)  # QF 50, the middle
         nn.init.zeros_(self.logits.weight)
-        bell = -((torch.arange(T_max) - tau_0) / spread).square() / 2 if spread else torch.zeros(T_max)
-        self.logits.bias.data = bell
-        if highpass:
-            # QF shows in fine detail, which random filters drown in brightness: six filters a colour start as
-            # second differences, of both signs, since ReLU passes one.
-            d2 = torch.tensor([-1.0, 2.0, -1.0])
-            same = torch.tensor([0.0, 1.0, 0.0])
-            kernels = [torch.outer(d2, d2) / 4, torch.outer(same, d2) / 2, torch.outer(d2, same) / 2]
-            kernels += [-kernel for kernel in kernels]
-            for i, weight in enumerate(self.blocks[0].res[0].weight.data[:18]):
-                weight.zero_()
-                weight[i % 3] = highpass * kernels[i // 3]
+        nn.init.zeros_(self.logits.bias)
+        d2, one = torch.tensor([[-1.0, 2.0, -1.0], [0.0, 1.0, 0.0]])
+        kernels = torch.stack([torch.outer(d2, d2), 2 * torch.outer(one, d2), 2 * torch.outer(d2, one)])
+        signs = torch.tensor([2.0, -2.0])  # both, since ReLU passes one
+        filters = torch.einsum("s,khw,cd->skcdhw", signs, kernels, torch.eye(3))  # (2, 3, 3, 3, 3, 3)
+        first = self.blocks[0].res[0].weight.data
+        first[:18] = filters.flatten(0, 2)[:len(first)]
 
     def forward(self, x_lq: Tensor) -> tuple[Tensor, Tensor]:
         h = self.blocks(x_lq).mean((2, 3))  # (B, widths[-1])
@@ -343,8 +336,7 @@ class SODiff(nn.Module):
         self.T_align = T_align.requires_grad_(False)
         self.predictor = None
         if cfg.timestep == "predicted":
-            T_max = len(self.sd.alpha_bar)
-            self.predictor = TimePredictor(cfg.widths, T_max, cfg.tau_0, cfg.spread, cfg.highpass)
+            self.predictor = TimePredictor(cfg.widths, T_max=len(self.sd.alpha_bar))
         self.cell = SAIPE.cell
         self.stride = max(SAIPE.cell, self.sd.stride)
 

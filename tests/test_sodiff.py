@@ -189,16 +189,16 @@ def test_gradient_of_tau_by_numbers():
     assert np.allclose(logits.grad[0].numpy(), numeric, atol=1e-4)
 
 
-@pytest.mark.parametrize("tau_0, spread, tau", [(49, 12.0, 49), (800, 30.0, 800), (49, 0.0, 499.5)])
-def test_tau_starts_where_it_is_told(tau_0, spread, tau):
-    qf_hat, logits = TimePredictor((8, 8, 8, 16), 1000, tau_0, spread, 8.0)(torch.rand(2, 3, 40, 56) * 2 - 1)
+def test_tau_starts_in_the_middle():
+    qf_hat, logits = TimePredictor((8, 8, 8, 16), 1000)(torch.rand(2, 3, 40, 56) * 2 - 1)
     assert qf_hat.shape == (2,) and logits.shape == (2, 1000)
-    assert expected_timestep(logits).tolist() == pytest.approx([tau] * 2, abs=0.02)
+    assert expected_timestep(logits).tolist() == pytest.approx([499.5] * 2, abs=0.02)
 
 
-def test_highpass_filters_see_no_brightness():
-    first = TimePredictor((32, 8, 8, 16), 10, 5, 0.0, 8.0).blocks[0].res[0].weight
+def test_18_of_the_predictors_first_filters_see_detail_and_no_brightness():
+    first = TimePredictor((32, 8, 8, 16), 10).blocks[0].res[0].weight
     assert first[:18].sum((1, 2, 3)).abs().max() < 1e-6 and (first[:18].abs().sum((1, 2, 3)) > 1).all()
+    assert torch.equal(first[:9], -first[9:18]) and len(first[:18].flatten(1).unique(dim=0)) == 18
 
 
 def test_alpha_bar_between_timesteps():
