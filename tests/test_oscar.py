@@ -363,7 +363,7 @@ def test_z_tilde_keeps_z_0s_rms_in_stage_2(run, tmp_path, photos, no_evaluation,
         followed.extend(Q.gain.item() for Q in Qs)
         real(Qs, *measured)
     monkeypatch.setattr(oscar, "set_gain", set_gain)
-    more = ["--stage", 2, "--s2-steps", 50, "--s2-batch", 1, "--losses", "mse"]
+    more = ["--stage", 2, "--s2-steps", 50, "--s2-save-every", 50, "--s2-batch", 1, "--losses", "mse"]
     oscar.main(train_args("oscar", out, photos, *more))
     model, z_0 = oscar.load(out), torch.cat(latents(run.model.sd, Stage1.read(run.folder, "oscar")[0])[0])
     with torch.no_grad():
