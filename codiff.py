@@ -12,7 +12,7 @@
 | T_L      | T_L        | integer                 | timestep at which the JPEG's latent enters               |
 | QF       | q          | (B,)                    | (100 - QF) / 100, in (0, 1)                              |
 
-What differs from paper or release stands at its place, in lines beginning DIFFERS.
+What differs from paper or release stands at its place, marked DIFFERS.
 Left out: the DAPE prompt of Table 3 (another project's network).
 
     python codiff.py train                     # both stages on the bundled tiny-sd, a table and a picture
@@ -242,7 +242,7 @@ class CODiff(nn.Module):
         """c_L (B, L, D_text)."""
         if self.cave is None:
             return self.tokens.expand(len(x_lq), -1, -1)
-        tokens = self.cave.embed(((x_lq + 1) / 2).to(self.proj.weight.dtype))  # (B, H W / 1024, 512)
+        tokens = self.cave.embed(((x_lq + 1) / 2).to(self.proj.weight.dtype))  # (B, H W / 1024, c4)
         return self.proj(tokens)
 
     def denoise(self, x_lq: Tensor, z_L: Tensor) -> Tensor:
@@ -252,7 +252,8 @@ class CODiff(nn.Module):
         return self.sd.x0(z_L, eps, self.sd.alpha_bar[self.T_L])
 
     def forward(self, x_lq: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x_lq (B, 3, H, W) in [-1, 1], sides multiples of `cell` -> (x_hat, z_hat)."""
+        """x_lq (B, 3, H, W) in [-1, 1], sides multiples of `cell` -> (x_hat, z_hat). With `noise` z_L is a
+        sample of the VAE's posterior, else its mean."""
         z_L = self.sd.encode(x_lq, noise)  # (B, C, H / 8, W / 8)
         z_hat = self.denoise(x_lq, z_L)    # as z_L
         # Eq. 2; clamped before the losses, as released
@@ -273,7 +274,7 @@ def loss_rec(x_hat: Tensor, x_hq: Tensor) -> Tensor:
 
 
 def loss_2(x_hat: Tensor, x_hq: Tensor) -> Tensor:
-    # Eq. 7, first term, on [0, 1]
+    # Eq. 7, first term, on [0, 1]; the second is common.DISTS
     return F.mse_loss((x_hat + 1) / 2, (x_hq + 1) / 2)
 
 

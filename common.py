@@ -3,10 +3,10 @@
 Conventions, stated once:
     pixels   x  (B, 3, H, W), float32 in [-1, 1]; files and metrics are 8-bit RGB in [0, 255]
     latents  z  (B, C, h, w), already shifted and scaled by the VAE's factors; only SD's methods touch that
-    time     t  an integer timestep in [0, T); alpha_bar_t is the schedule's cumulative product
+    time     t  an integer timestep in [0, T), SODiff's tau a real one; alpha_bar_t: the schedule's product
     sizes    `cell`: pixels a side that a latent or a token stands for; pictures are padded to whole cells.
-             `stride`: pixels that all strided layers together step over; training crops have whole strides,
-             and windows of large pictures begin at them
+             `stride`: pixels that all strided layers together step over; training crops have whole strides
+             (MoE-DiffIR's whole cells), and windows of large pictures begin at them
 """
 
 from __future__ import annotations

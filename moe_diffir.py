@@ -19,7 +19,7 @@ arXiv 2407.10833v1).
 | y        | y          | as f                 | what the prompts make of f                                  |
 
 Where the paper is silent the code does what the authors' does ("released code"), or says "ours"; where it
-parts from the paper or the release stands in lines beginning DIFFERS.
+parts from the paper or the release is marked DIFFERS.
 
     python moe_diffir.py train         # benchmark (Sec. 3.5, data/make_cir.py), stages, a table, a picture
     python moe_diffir.py restore photo.webp -o photo.png
@@ -125,9 +125,11 @@ class CIRPairs(Crops):
         n = n % self.period if self.period else n
         hq = self.file(n)
         versions = self.versions[hq]
-        _, lq = versions[int(rng(self.seed, "degradation", n).integers(len(versions)))]
-        x_lq = self.view(self.read_once(lq) if self.few else self.read(lq), n)  # both by n: the same view
-        return n, to_tensor(x_lq), to_tensor(self.view(self.read(hq), n))
+        at = int(rng(self.seed, "degradation", n).integers(len(versions)))
+        read = self.read_once if self.few else self.read
+        lq = next(photo for _, file in versions[at:] + versions[:at]  # one that cannot be read: its successor
+                  if (photo := read(file)) is not None)
+        return n, to_tensor(self.view(lq, n)), to_tensor(self.view(self.read(hq), n))  # by n: the same view
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -312,13 +314,13 @@ class Visual2Text(nn.Module):
         self.enhance = nn.Sequential(*(transformer_block(c, cfg.heads) for _ in range(cfg.enhancer)))
         self.unpatch = zero_init(nn.ConvTranspose2d(c, 3, side, side))
         self.conv = nn.Conv2d(d, D, 3, padding=1)  # to the text encoder's width
-        self.learned = nn.Parameter(empty.clone())  # (L, D)
+        self.learned = nn.Parameter(empty.clone())  # (77, D_text)
         self.mlp = nn.Sequential(nn.Linear(D, D // 4, bias=False), nn.ReLU(),
                                  nn.Linear(D // 4, D, bias=False), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) in [-1, 1] -> c (B, 256 + L, D)."""
-        x = clip_input(x, self.size).to(self.position.dtype)            # (B, 3, 224, 224)
+        """x (B, 3, H, W) in [-1, 1] -> c (B, 256 + 77, D_text)."""
+        x = clip_input(x, self.size).to(self.position.dtype)            # (B, 3, size, size)
         patches = self.patch(x)                                         # (B, width, 16, 16)
         f = self.enhance(patches.flatten(2).transpose(1, 2) + self.position)  # (B, 256, width)
         x = x + self.unpatch(f.transpose(1, 2).unflatten(2, patches.shape[2:]))  # enhanced, as x
@@ -375,7 +377,7 @@ class Compensator(nn.Module):
         decoder = sd.vae.decoder
         h = decoder.conv_in(sd.vae.post_quant_conv(sd.unscaled(z_0)))  # (B, c, h, w)
         h = decoder.mid_block(h)
-        for i, block in zip(range(len(features))[::-1], decoder.up_blocks):  # from h / 8 to full size, i = 0
+        for i, block in zip(range(len(features))[::-1], decoder.up_blocks):  # from H / 8 to full size, i = 0
             for resnet in block.resnets:
                 h = resnet(h, None)
             if i in self.levels and measure:
@@ -473,7 +475,7 @@ class MoEDiffIR(nn.Module):
     def sample(self, z_lq: Tensor, x_lq: Tensor, steps: int, generators: list[torch.Generator],
                tiles=whole) -> Tensor:
         """z_0 in `steps` calls of the UNet: ancestral sampling (Ho et al. 2020) from noise, each picture's by
-        its generator, over even timesteps, T - 1 to 0. With t*: one call, from z_lq without noise."""
+        its generator, over evenly spaced timesteps, T - 1 to 0. With t*: one call, from z_lq as it is."""
         from diffusers.utils.torch_utils import randn_tensor
         dp, c = self.degradation_prior(x_lq), self.text(x_lq)  # (B, M, D), (B, tokens, D_text)
         module = functools.lru_cache(1)(lambda z_lq: self.module(z_lq, dp)[0])  # once; in windows once a step
@@ -546,7 +548,7 @@ def stage1(run, cfg: Stage1, benchmark: Benchmark) -> MoEDiffIR:
 
     DIFFERS: the paper says "only the MoE-Prompt Module", but has no other stage for the adapter. In the
     release the module alone learns by two slips: SPADE's learning rate, lr // 2, is 0, and the adapter is
-    frozen. Its targets are sharpened: the paper does not say so, and tables compare with plain originals."""
+    frozen. Its originals are sharpened: the paper does not say so, and its tables compare with plain ones."""
     torch.manual_seed(run.seed)
     model = MoEDiffIR(run.base, cfg, common.text_tokens(run.base, [""])[0]).train()
     pairs = CIRPairs(benchmark, cfg, model.cell, run.seed)
@@ -731,7 +733,7 @@ def restorer(args, model: MoEDiffIR | None = None):
 def main(argv: list[str] | None = None) -> None:
     cli = common.tool("runs").CommandLine.of(sys.modules[__name__])
     p = cli.train(train, Stage1, Stage2)
-    p.add_argument("--codecs", nargs="+", metavar="CODEC[:LEVEL]", help="to train on, with all in --cache")
+    p.add_argument("--codecs", nargs="+", metavar="CODEC[:LEVEL]", help="what to train on, beside --pairs")
     p.add_argument("--cache", type=Path, help="compressed photographs' folder (default: DATA/.cir-bench)")
     p.add_argument("--no-dp", dest="1.dp", action="store_const", const="none", help="Table 3: no prior DP")
     p.add_argument("--no-v2t", dest="1.v2t", action="store_const", const="none", help="Table 3: empty prompt")

@@ -19,7 +19,7 @@ a pseudo diffusion timestep t(r), at which one UNet denoises the latents of all 
 | t_{R -> t}(r) | t[r]        | integer                      | pseudo timestep, 0 .. T - 1                  |
 | z_hat_0       | z_hat       | as z_0                       | one-step estimate of z_0                     |
 
-What differs from paper or release stands at its place, in lines beginning DIFFERS. There is no entropy
+What differs from paper or release stands at its place, marked DIFFERS. There is no entropy
 coder, as in the paper: indices cost log2 V bits each.
 
     python oscar.py train                      # both stages on the bundled tiny-sd, a table and a picture
@@ -75,7 +75,7 @@ class Stage1(Settings):
     D: int          = setting(16,       32,      "released code: of the codes, Sec. 3.3's M", least=1)
     ema: float      = setting(0.97,     0.8,     "released code: the codebook's decay", most=1)
     crop: int       = setting(128,      256,     "released code", least=1)
-    sim: bool       = setting(True,     True,    "Eq. 6, in both stages; Fig. 7", "sim")
+    sim: bool       = setting(True,     True,    "Eq. 6, in both stages", "sim")
     lambda_z: float = setting(4.0,      0.0,     "ours: of |z_tilde - z_0|^2, for lengths")
     lr: float       = setting(2e-3,     2e-5,    "Sec. 4.1")
     batch: int      = setting(8,        64,      "Sec. 4.1", least=1)
@@ -162,7 +162,7 @@ class Quantizer(nn.Module):
         self.project_out = nn.Linear(D, M)  # and back
         self.register_buffer("embed", F.normalize(torch.randn(V, D), dim=1))  # the codebook: unit vectors
         self.register_buffer("embed_avg", torch.zeros(V, D))  # running sums of what chose each
-        self.register_buffer("cluster_size", torch.zeros(V))  # 0: dead, so the first update draws all anew
+        self.register_buffer("cluster_size", torch.zeros(V))  # 0: drawn anew, if not chosen at once
         self.pending: list[tuple[Tensor, Tensor]] = []  # e (n, D) and indices (n,) of each pass
 
     def encode(self, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,7 +290,7 @@ class OSCAR(nn.Module):
         self.base, self.t = base, t
         self.sd = SD(base, weights=weights)
         self.hyper_encoders = HyperEncoders(cfg, self.sd.vae.config.latent_channels)
-        self.prompt = nn.Parameter(torch.zeros(77, self.sd.unet.config.cross_attention_dim))  # (77, D_text)
+        self.prompt = nn.Parameter(torch.zeros(77, self.sd.unet.config.cross_attention_dim))  # as released
         self.cells = [self.sd.cell * s for s in S]  # pixels a side of an index; pictures are padded to these
         self.cell = max(self.cells)  # the coarsest rate's
         self.stride = max(*self.cells, self.sd.stride)  # all powers of two
@@ -424,7 +424,7 @@ def loss_mse(x_hat: Tensor, x: Tensor) -> Tensor:
 
 def sobel(x: Tensor) -> Tensor:
     """S(x) of Eq. 15: the Sobel magnitude of x's luma in [0, 1], sqrt(gx^2 + gy^2 + 1e-6), as three equal
-    channels; mapped as pixels are, [0, 1] to [-1, 1] (strong edges, up to 4, lie beyond)."""
+    channels; mapped as pixels are, [0, 1] to [-1, 1] (strong edges, up to 4.5, lie beyond)."""
     weights = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)
     luma = ((x + 1) / 2 * weights).sum(1, keepdim=True)  # (B, 1, H, W)
     gx = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=x.device)

@@ -18,7 +18,8 @@ followed here; arXiv 2508.07346).
 | tau_pred      | tau           | (B,)                 | real timestep in [0, T_max - 1]                    |
 | QF_pred       | qf_hat        | (B,)                 | predicted quality factor, about 5 to 95            |
 
-The authors have released no code: what the paper leaves open is settled here, where it says OURS or "ours".
+The authors have released no code: what the paper leaves open is settled here, where it says OURS or
+"ours"; all of it is listed in data/results/sodiff.md.
 Left out: the DAPE prompt of Table 2 (another project's network).
 
     python sodiff.py train                     # both stages on the bundled tiny-sd, a table and a picture
@@ -82,7 +83,7 @@ class Stage2(Settings):
     qf_power: float     = setting(3.0,                1.0,      "ours: QF = min + (max - min) u^power")
     losses: tuple       = setting(LOSSES,             LOSSES,   "Table 4: terms", "losses", choices=LOSSES)
     dists: str          = setting("tiny-vgg",         "vgg16",  "Eq. 7")
-    lambda_EA: float    = setting(0.02,               1.0,      "Eq. 7")
+    lambda_EA: float    = setting(0.02,               1.0,      "Eq. 7, unweighted")
     alpha: float        = setting(1e-2,               1e-2,     "Sec. 4.1, Eq. 12")
     beta: float         = setting(1e-3,               1e-3,     "Sec. 4.1, Eq. 12; 0: Table 3", "beta")
     lr: float           = setting(2e-3,               1e-5,     "Sec. 4.1")
@@ -332,7 +333,7 @@ class SODiff(nn.Module):
         self.base = base
         self.tau_0 = cfg.tau_0
         self.sd = SD(base, weights=weights)
-        self.E_down = E_down.requires_grad_(False)  # SAIPE is frozen, Sec. 3.2
+        self.E_down = E_down.requires_grad_(False)  # SAIPE is frozen, Sec. 4.1
         self.T_align = T_align.requires_grad_(False)
         self.predictor = None
         if cfg.timestep == "predicted":
@@ -426,7 +427,7 @@ def loss_ea(dists: nn.Module, x_hat: Tensor, x_hq: Tensor) -> Tensor:
 
 def sobel(x: Tensor) -> Tensor:
     """Eq. 7's S: the Sobel magnitude of x's luma in [0, 1], sqrt(gx^2 + gy^2 + 1e-6), as three equal channels
-    (B, 3, H, W); mapped as pixels are, [0, 1] to [-1, 1] (strong edges, up to 4, lie beyond)."""
+    (B, 3, H, W); mapped as pixels are, [0, 1] to [-1, 1] (strong edges, up to 4.5, lie beyond)."""
     weights = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)
     luma = ((x + 1) / 2 * weights).sum(1, keepdim=True)  # (B, 1, H, W)
     gx = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=x.device)
@@ -465,7 +466,7 @@ def stage1(run, cfg: Stage1) -> None:
     tokenized = common.tool("captions").tokenized
     pairs.captions = tokenized(run.data, pairs.files, tokenizer, required=cfg.lambda_align > 0)
     pairs.files = [*pairs.captions]  # one without a caption would teach the empty caption's e_text
-    pairs.turns = 1  # a caption, "on the left", need not fit a turned crop
+    pairs.turns = 1  # a caption, "above the roof", need not fit a turned crop
     saipe = SAIPE(cfg, tokenizer.model_max_length, encoder.config.hidden_size)
     saipe.T_align.requires_grad_(cfg.lambda_align > 0)
     acc = run.start(cfg, E_down=saipe.E_down, T_align=saipe.T_align, D_up=saipe.D_up, text_encoder=encoder)

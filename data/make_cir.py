@@ -1,6 +1,6 @@
 """The benchmark for universal compressed image restoration (MoE-DiffIR, Sec. 3.5), of your photographs.
 
-    python -m data.make_cir --data photos --out bench                  # every codec and level we can encode
+    python -m data.make_cir --data photos --out bench                  # JPEG, WebP, HEVC, VVC, 3 levels each
     python -m data.make_cir --data photos --out bench --codecs jpeg vvc:52 avc
     python -m data.make_cir --out bench --pairs LQ_DIR HQ_DIR --task hific:low     # others' pictures join it
 
@@ -34,8 +34,8 @@ from data.results.tables import mean, save_png, text_table
 from data.runs import CommandLine, once, processes, run_cli
 
 # Lowest level first. The seven codecs of the paper's 21 tasks, and AVC, which it keeps unseen in training (as
-# it does JPEG QF 25 and VVC QP 32, 52, Table 2). DIFFERS: the release has JPEG at 10, 15, 20, WebP at 1, 5,
-# 10. The supplement's JPEG rows are those, so that Table 1 may rest on them.
+# it does JPEG QF 25, Sec. 3.5, and VVC QP 32, 52, Table 2). DIFFERS: the release has JPEG at 10, 15, 20, WebP
+# at 1, 5, 10. The supplement's JPEG rows are those, so that Table 1 may rest on them.
 LEVELS = {"jpeg": ("5", "10", "15"), "webp": ("5", "10", "15"),
           "hevc": ("47", "42", "37"), "vvc": ("47", "42", "37"),
           "c_psnr": ("low", "med", "high"), "c_ssim": ("low", "med", "high"), "hific": ("low", "med", "high"),
@@ -44,8 +44,8 @@ TRAINED = ["jpeg", "webp", "hevc", "vvc"]  # of the seven, those that we can enc
 RANGE = {"jpeg": (1, 100), "webp": (0, 100), "hevc": (0, 51), "vvc": (0, 63), "avc": (0, 51)}
 # DIFFERS: the paper names no encoder; the release's folders are of the reference software, HM and VTM. Here
 # x265 and libvvenc.
-# Stream format, pixel format, options at QP q. x265 and libvvenc would code an I frame at q - 3; x265 and
-# x264 add a message with their settings, larger than small pictures.
+# Stream format, pixel format, options at QP q. All three would code an I frame at q - 3; x265 and x264
+# add a message with their settings, larger than small pictures.
 FFMPEG = {
     "hevc": ("hevc", "yuv420p", "-c:v libx265 -x265-params qp={q}:ipratio=1.0:info=0"),
     "vvc": ("vvc", "yuv420p10le",

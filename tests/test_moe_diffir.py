@@ -79,6 +79,17 @@ def test_a_sample_is_the_same_crop_of_both(photos, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again[23][1:3], pairs[23 % 7][1:3]))
 
 
+def test_a_version_that_cannot_be_read_is_named_and_its_successor_taken(photos, tmp_path, capsys):
+    make_cir.bench([photos], tmp_path, [("jpeg", "5"), ("webp", "15")])
+    benchmark = make_cir.read([([photos], tmp_path)], [("jpeg", "5"), ("webp", "15")])
+    whole = CIRPairs({hq: versions[1:] for hq, versions in benchmark.items()}, Stage1(crop=64), 32, 0)
+    for _, file in (versions[0] for versions in benchmark.values()):
+        file.write_bytes(file.read_bytes()[:200])
+    damaged = CIRPairs(benchmark, Stage1(crop=64), 32, 0)
+    assert all(torch.equal(damaged[n][1], whole[n][1]) for n in range(12))
+    assert capsys.readouterr().err.count("skipped: ") == 2
+
+
 # ---- router and prompts, Eqs. 3 and 1
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from common import device
 from data.files import list_images, note
 from data.results.complexity import Parts, empty_latent, print_profile, vae_parts
-from data.results.evaluate import finish, jpeg_flags, jpeg_table, jpegs_by_qf
+from data.results.evaluate import finish, jpeg_flags, jpeg_table, jpegs_by_qf, padded
 from data.results.figures import panels, principal_components, pyplot, save
 from data.results.seeds import (DEFAULT, JPEG_EXERCISE, JPEG_LEAD, JPEG_TABLE, QF_5, TINY_LPIPS, Choice,
                                 Claim, restored_and_gains, restored_headline, restored_table)
@@ -74,11 +74,11 @@ def read_cave(cave, files: list[Path], qfs: list[int], what: str) -> tuple[Tenso
     """Mean token (len(qfs), len(files), C) and predicted QF (len(qfs), len(files)) of every file's JPEGs."""
     tokens = []
     qf_hat = []
-    for jpegs in jpegs_by_qf(files, qfs, cave.cell, what):
-        maps = [cave.encode((x_lq + 1) / 2)[0] for x_lq in jpegs]  # (1, C, H / 32, W / 32) each
+    for jpegs in jpegs_by_qf(files, qfs, what):
+        maps = [cave.encode((padded(lq, cave.cell) + 1) / 2)[0] for lq in jpegs]  # (1, C, ., .) each
         tokens.append(torch.cat([m.mean((2, 3)) for m in maps]).cpu())
-        qf_hat.append(torch.cat([100 - 100 * cave.qf_pred(m)[:, 0] for m in maps]).cpu())
-    return torch.stack(tokens), torch.stack(qf_hat)
+        qf_hat.append([cave.qf(lq) for lq in jpegs])
+    return torch.stack(tokens), torch.tensor(qf_hat)
 
 
 def trained_caves(script, args) -> dict[str, tuple]:

@@ -144,11 +144,11 @@ def padded(image: Image.Image, cell: int) -> Tensor:
     return pad_to(to_tensor(image)[None], cell).to(device())
 
 
-def jpegs_by_qf(files: list[Path], qfs: list[int], cell: int, what: str):
-    """For each QF, with a bar named `what`, the JPEGs of all files that can be read, padded."""
+def jpegs_by_qf(files: list[Path], qfs: list[int], what: str):
+    """For each QF, with a bar named `what`, the JPEGs of all files that can be read."""
     photos = read_all(files)
     for qf in tqdm(qfs, what, leave=False, disable=None):
-        yield [padded(jpeg(photo, qf), cell) for photo in photos]
+        yield [jpeg(photo, qf) for photo in photos]
 
 
 @torch.inference_mode()

@@ -72,7 +72,9 @@ def ledgers(run: Path) -> dict[str, dict]:
 
 
 def frozen(name: str, stage: str, ledger: dict) -> str:
-    here = ", ".join(ledger["frozen"]) or "no part of these modules"
+    columns = next(iter(ledger["norms"].values()))
+    parts = [f"{group} (in part)" if group in columns else group for group in ledger["frozen"]]
+    here = ", ".join(parts) or "no part of these modules"
     return f"Without gradient here: {here}. Frozen in the paper: {paper(name).FROZEN[stage]}."
 
 

@@ -113,8 +113,9 @@ def ablation_block(script: str, rows: list[dict]) -> str:
                      (line(choice) for choice in own.CHOICES if choice.name in done))
     claims = markdown(["the paper says", "its figures", "here", ""],
                       (verdict(claim, rows, claim.condition or own.CONDITION) for claim in own.CLAIMS))
-    legend = ("Mean ± deviation over seeds (mean difference to the default of the same seed; bold: seeds "
-              "alone do that in less than one case of twenty, paired t-test).")
+    legend = ("Mean ± deviation over seeds (mean difference of the first to the second, below of a row to "
+              "the default, seed by seed; bold: seeds alone do that in less than one case of twenty, paired "
+              "t-test).")
     table = folded("All choices, row by row", f"{about(rows, done - {SHIPS})}\n\n{table}")
     return f"{legend}\n\n{claims}\n\n{table}"
 

@@ -91,8 +91,8 @@ def report_alignment(model, captions: dict[Path, dict]) -> dict:
 def predictions(model, files: list[Path], qfs: list[int]) -> tuple[Tensor, Tensor]:
     """Predicted QF and timestep (len(qfs), len(files)) of every file's JPEGs."""
     out = []
-    for jpegs in jpegs_by_qf(files, qfs, model.cell, "predicted QF"):
-        seen = (model.condition(x_lq)[1:] for x_lq in jpegs)
+    for jpegs in jpegs_by_qf(files, qfs, "predicted QF"):
+        seen = (model.condition(padded(lq, model.cell))[1:] for lq in jpegs)
         out.append([(qf_hat.item(), tau.item()) for qf_hat, tau in seen])
     return torch.tensor(out).unbind(-1)
 
