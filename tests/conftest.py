@@ -32,7 +32,7 @@ from data.runs import CommandLine, Run, run_cli
 
 published_lpips = lpips.LPIPS
 del lpips.LPIPS  # with a network or without: tables have no LPIPS and DISTS here
-gc.set_threshold(20_000)  # 700 objects are soon made, and a seventh of the suite would be spent on looking at them
+gc.set_threshold(20_000)  # at Python's 700 a seventh of the suite is garbage collection
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers share two cores, as does what they start
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
