@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data import speed
-from data.files import ROOT, UserError, list_images, load_part, load_tensors, note, read_model
+from data.files import ROOT, UserError, check_base, list_images, load_part, load_tensors, note, read_model
 from data.pictures import read_image
 
 # Packages that take seconds to import are imported where they are used: --help answers at once.
@@ -59,33 +59,12 @@ class SD(nn.Module):
         self.unet = load_part(UNet2DConditionModel, base, "unet", weights) if with_unet else None
         self.prediction = scheduler.config.prediction_type
         self.register_buffer("alpha_bar", scheduler.alphas_cumprod.float(), persistent=False)
-        for what, wrong in self.foreign():
-            if wrong:
-                raise UserError(f"--base {base}: another kind of base than this is about: {what}")
+        check_base(base, self)
         self.cell = 2 ** (len(self.vae.config.block_out_channels) - 1)  # 8: the VAE halves three times
         self.stride = self.cell * (2 ** (len(self.unet.config.block_out_channels) - 1) if with_unet else 1)
         self.requires_grad_(False)
         sample = (p[:1].flatten()[:64].numpy().tobytes() for p in self.parameters() if weights)
         self.fingerprint = hashlib.sha256(b"".join(sample)).hexdigest()  # tells weights apart
-
-    def foreign(self):
-        """(What a base may have that is not Stable Diffusion's, whether this one has)."""
-        vae = self.vae.config
-        known = "epsilon", "v_prediction"
-        yield f"it predicts {self.prediction}, not one of {known}", self.prediction not in known
-        yield f"its schedule has {len(self.alpha_bar)} steps, not 1000", len(self.alpha_bar) != 1000
-        yield "its VAE has no quant_conv", not (vae.use_quant_conv and vae.use_post_quant_conv)
-        yield "its VAE scales each channel (latents_mean)", vae.latents_mean is not None
-        if self.unet:
-            unet, c = self.unet.config, vae.latent_channels
-            taken, given = unet.in_channels, unet.out_channels
-            yield (f"its UNet takes {taken} channels and gives {given}, latents have {c} (more go in for "
-                   "inpainting, depth, editing)", (taken, given) != (c, c))
-            for k in ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
-                more = unet[k] is not None
-                yield f"its UNet wants more than time and text ({k} {unet[k]}; SDXL's does)", more
-            width = unet.cross_attention_dim
-            yield f"its UNet has texts of several widths {width}", not isinstance(width, int)
 
     def check(self, header: dict, source: Path) -> None:
         """LoRA fits the base that it was trained on."""

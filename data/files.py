@@ -121,6 +121,29 @@ def load_part(kind, base: str | Path, name: str, weights: bool = True):
         raise UserError(f"{base}: no {name} there ({why}); name a local diffusers folder") from None
 
 
+def check_base(base: str | Path, sd) -> None:
+    """Refuses what is not Stable Diffusion's kind of base, and says what it has."""
+    vae, known = sd.vae.config, ("epsilon", "v_prediction")
+    foreign = [
+        (f"it predicts {sd.prediction}, not one of {known}", sd.prediction not in known),
+        (f"its schedule has {len(sd.alpha_bar)} steps, not 1000", len(sd.alpha_bar) != 1000),
+        ("its VAE has no quant_conv", not (vae.use_quant_conv and vae.use_post_quant_conv)),
+        ("its VAE scales each channel (latents_mean)", vae.latents_mean is not None)]
+    if sd.unet:
+        unet, c = sd.unet.config, vae.latent_channels
+        more = "addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type"
+        foreign += [
+            (f"its UNet takes {unet.in_channels} channels and gives {unet.out_channels}, latents have {c} "
+             "(more go in for inpainting, depth, editing)", (unet.in_channels, unet.out_channels) != (c, c)),
+            *((f"its UNet wants more than time and text ({k} {unet[k]}; SDXL's does)", unet[k] is not None)
+              for k in more),
+            (f"its UNet has texts of several widths {unet.cross_attention_dim}",
+             not isinstance(unet.cross_attention_dim, int))]
+    for what, wrong in foreign:
+        if wrong:
+            raise UserError(f"--base {base}: another kind of base than this is about: {what}")
+
+
 def read_model(weights: str | Path, script: str, stage: int = 2) -> tuple[dict[str, Tensor], dict]:
     """(tensors, header) of a stage's result, if this script made it."""
     weights = Path(weights)
