@@ -236,7 +236,7 @@ def test_what_commands_print_comes_onto_the_page(trainings, tmp_path):
     for said in ("```\nfigures says\nthis\n```", "`python codiff.py profile --size 1024` (", "20.00"):
         assert said in text
     drawn, = (c for c in trainings if c[0] == "figures")
-    of = [f"--weights={folder}/default-0", "--data", str(tmp_path), f"--against={folder}/explicit-0"]
+    of = ["--data", str(tmp_path), f"--weights={folder}/default-0", f"--against={folder}/explicit-0"]
     assert drawn == ["figures", *of]
     assert str(tmp_path) not in text
 

@@ -563,6 +563,9 @@ def test_bd_rate_has_its_closed_forms():
                 for a, b, qs in ((0.2, -6, (18, 21, 24, 27, 30)), (0.1, -4, (22, 26, 30, 34))))
     assert measures.bd_rate(one, two) == pytest.approx(100 * math.expm1(0.1 * 26 - 2))
     assert measures.bd_rate(better, codec) is measures.bd_rate(codec[:3], codec) is None
+    falling = [(bpp, -quality) for bpp, quality in codec]  # as LPIPS
+    assert measures.bd_rate([(bpp / 2, q) for bpp, q in falling], falling) == pytest.approx(-50)
+    assert measures.bd_rate([*codec[:2], (0.45, 23.0), *codec[3:]], codec) is None  # up, down, up again
     assert text_table([""], [[measures.bd_rate([], halved)]]).split()[-1] == "-"
 
 

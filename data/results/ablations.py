@@ -77,8 +77,9 @@ def jobs_of(args) -> list[Job]:
     jobs = [Job(args.script, c.name, seed, train(c, seed), measure(c.name))
             for seed in range(args.seeds) for c in choices if not args.only or c.name in args.only]
     jobs += [Job(args.script, name, 0, [], measure(name)) for name in (SHIPS, *own.ALSO) if name in args.only]
-    return jobs + [Job(args.script, name, 0, [], command.split()) for name, command in own.PRINTED.items()
-                   if "printed" in args.only]
+    photos = ["--data", *args.val]
+    return jobs + [Job(args.script, name, 0, [], [*command.split(), *(photos if name == "figures" else [])])
+                   for name, command in own.PRINTED.items() if "printed" in args.only]
 
 
 def row_of(job: Job, args) -> dict:
@@ -100,8 +101,8 @@ def commands(job: Job, args) -> list[list[str]]:
     script = [sys.executable, str(ROOT / f"{job.script}.py")]
     if job.choice in own.PRINTED:
         of = []
-        if job.eval == ["figures"]:
-            of = [f"--weights={folder.parent / DEFAULT}-0", "--data", *args.val]
+        if job.choice == "figures":
+            of = [f"--weights={folder.parent / DEFAULT}-0"]
             of += [f"--against={folder.parent / own.AGAINST}-0"] if own.AGAINST else []
         return [[*script, *job.eval, *of]]
     weights = folder if job.train else SHIPPED / job.script

@@ -83,6 +83,7 @@ def print_counts(build, parts, size: tuple[int, int], steps: tuple[int, ...]) ->
             parameters = sum(map(count, bare))
             full[name] = macs(plain)[1]
             rows.append([name, parameters, sum(map(count, modules)) - parameters, macs(call)[0], full[name]])
+    layers = {name: n for name, _, _, n, _ in rows}  # convolutions and linear layers alone
     rows.append(total := ["total", *map(sum, zip(*(r[1:] for r in rows)))])
     header = ["", "parameters", "LoRA", "MACs, conv + linear", "MACs, all (LoRA fused)"]
     table = [[name, *(f"{n / 1e6:.2f} M" for n in numbers[:2]), *(f"{n / 1e12:.4g} T" for n in numbers[2:])]
@@ -96,7 +97,8 @@ def print_counts(build, parts, size: tuple[int, int], steps: tuple[int, ...]) ->
               f"{total[3] / 1e12:.2f} T MACs of convolutions and linear layers,\nLoRA not fused; with all "
               f"products and LoRA fused it is {total[4] / 1e12:.2f} T", flush=True)
     for n in steps:
-        print(f"{plural(n, 'step')}: {in_steps(n, full) / 1e12:.4g} T MACs in all", flush=True)
+        print(f"{plural(n, 'step')}: {in_steps(n, layers) / 1e12:.4g} T MACs of convolutions and linear "
+              f"layers, {in_steps(n, full) / 1e12:.4g} T of all products", flush=True)
     return full
 
 

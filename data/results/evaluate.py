@@ -227,7 +227,8 @@ def jpeg_flags(p, script) -> None:
     p.add_argument("--double", type=quality, nargs="+", default=[], metavar="QF",
                    help="quality factors of a first JPEG, before each of --qf")
     p.add_argument("--shift", type=int, choices=range(8), default=0, metavar="PX",
-                   help="rows and columns cut off after the (first) JPEG, off whose grid it then is: 0 to 7")
+                   help="rows and columns cut off after the (first) JPEG, off whose grid it then is: 0 to 7 "
+                        "(PSNR-B and grid look where the picture's own grid would be)")
     p.add_argument("--against", nargs="+", type=Path, default=[], metavar="RUN", help="other models, too")
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import common
 from common import device, load_trained
 from data import make_cir
-from data.files import ROOT, UserError, atomic, list_images, note, read_json, reason
+from data.files import ROOT, UserError, atomic, list_images, note, read_json, read_model, reason
 from data.results.complexity import Parts, count, empty_latent, macs, print_profile, random_picture, vae_parts
 from data.results.evaluate import Metrics, finish, padded, picture_of, results_of, through_vae
 from data.results.figures import panels, pyplot, save, smoothed
@@ -158,11 +158,14 @@ def draw_curve(results: dict, models: list[str], target: Path) -> Path:
 
 def bd_rate(points: list[tuple[float, float]], anchor: list[tuple[float, float]]) -> float | None:
     """Bjontegaard's rate difference (VCEG-M33) in percent: cubic fits of log rate to quality, the mean
-    distance between them over the qualities that both reach. None if there are none, or under four points."""
+    distance between them over the qualities that both reach. None if there are none, or under four points,
+    or where quality rises and falls with the rate, which is then no function of quality."""
     if min(len(points), len(anchor)) < 4:
         return None
-    rates, q = zip(*points)
-    anchor_rates, anchor_q = zip(*anchor)
+    rates, q = zip(*sorted(points))
+    anchor_rates, anchor_q = zip(*sorted(anchor))
+    if not all(sorted(qs) in (list(qs), list(qs)[::-1]) for qs in (q, anchor_q)):
+        return None
     low = max(min(q), min(anchor_q))
     high = min(max(q), max(anchor_q))
     if low >= high:
@@ -176,7 +179,8 @@ def bd_rate(points: list[tuple[float, float]], anchor: list[tuple[float, float]]
 
 def print_bd_rate(results: dict, anchor: str, names: list[str]) -> dict[str, float | None]:
     rates = {k: bd_rate(curve(results, "OSCAR", k), curve(results, anchor, k)) for k in names}
-    print(f"\nBD-rate of OSCAR against {anchor}, percent ('-': no quality that both reach)")
+    print(f"\nBD-rate of OSCAR against {anchor}, percent ('-': no quality that both reach, or "
+          "quality that rises and falls with the rate)")
     print(text_table(["", *names], [["BD-rate", *rates.values()]]))
     return rates
 
@@ -424,8 +428,8 @@ PRINTED = {"cost": "profile --paper --size 768x512 --no-time", "time": "profile 
 def more_figures(metrics: dict, run: Path | None) -> dict:
     if not run or not (mapping := run / "model" / "mapping.json").exists():
         return {}
-    rates = {name: rate for name, rate in read_json(mapping).items() if name != "G_sim"}
-    return {key: {name: rate[key] for name, rate in rates.items()} for key in ("cosine", "t")}
+    cosine = {name: rate["cosine"] for name, rate in read_json(mapping).items() if name != "G_sim"}
+    return {"cosine": cosine, "t": dict(zip(cosine, read_model(run, "oscar")[1]["t"]))}  # t as it was used
 
 
 def rate_table(rows: list[dict], metrics: tuple[str, ...], shipped: tuple[str, ...]) -> str:

@@ -24,7 +24,7 @@ from data.runs import CommandLine, run_cli
 def commit(script: str) -> str:
     """The last commit that touched what a training depends on; 'unknown' without git."""
     files = [f"{script}.py", "common.py", *(f"data/{name}" for name in (
-        "runs.py", "files.py", "pictures.py", "tiny-sd", "tiny-vgg", "tiny-clip", "photos"))]
+        "runs.py", "files.py", "pictures.py", "tiny-sd", "tiny-vgg", "tiny-clip", "tiny-alex", "photos"))]
     command = ["git", "-C", ROOT, "log", "-1", "--format=%h", "--", *files]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or "unknown"
@@ -49,13 +49,12 @@ def figures_of(path: Path) -> list[dict]:
 
 def about(rows: list[dict], choices: Iterable[str]) -> str:
     own = [r for r in rows if r["choice"] in choices]
-    seeds = len({r["seed"] for r in own})
-    seconds = [r["seconds"] for r in own if r["seconds"]]
+    trainings = [r for r in own if r["choice"] != SHIPS]
+    seeds = len({r["seed"] for r in trainings})
+    seconds = [r["seconds"] for r in trainings if r["choice"] == DEFAULT and r["seconds"]]
     where = ", ".join([*sorted({r["machine"] for r in own}), *sorted({f"commit {r['commit']}" for r in own})])
-    text = f"{len(own)} runs, {plural(seeds, 'seed')}; {where}"
-    if not seconds:
-        return f"{text}."
-    return f"{text}; {mean(seconds) / 60:.0f} minutes a training, {sum(seconds) / 3600:.1f} hours in all."
+    text = f"{plural(len(trainings), 'training')}, {plural(seeds, 'seed')}; {where}"
+    return f"{text}; {mean(seconds) / 60:.0f} minutes a default run." if seconds else f"{text}."
 
 
 def folded(title: str, text: str) -> str:
@@ -191,11 +190,13 @@ def summary(figures: dict[str, list[dict]]) -> str:
 
 
 def write(results: Path) -> None:
-    """Puts the tables of every SCRIPT.json into SCRIPT.md beside it; the README's once all are there."""
+    """Puts the tables of every SCRIPT.json into SCRIPT.md beside it, if there is one; the README's once all
+    are there."""
     paths = {script: results / f"{script}.json" for script in papers()}
     figures = {script: figures_of(path) for script, path in paths.items() if path.exists()}
     for script, rows in figures.items():
-        put(results / f"{script}.md", blocks(script, rows))
+        if (page := results / f"{script}.md").exists():
+            put(page, blocks(script, rows))
     if results == HERE and figures.keys() == paths.keys():
         put(ROOT / "README.md", {"results": summary(figures)})
 

@@ -18,8 +18,8 @@ from data.pictures import read_image
 from data.results.complexity import Parts, empty_latent, print_profile, vae_parts
 from data.results.evaluate import finish, jpeg_flags, jpeg_table, jpegs_by_qf, padded
 from data.results.figures import panels, principal_components, save
-from data.results.seeds import (DEFAULT, JPEG_EXERCISE, JPEG_LEAD, JPEG_TABLE, QF_5, TINY_LPIPS, Choice,
-                                Claim, restored_and_gains, restored_headline, restored_table)
+from data.results.seeds import (DEFAULT, JPEG_LEAD, JPEG_TABLE, QF_5, TINY_LPIPS, Choice, Claim,
+                                restored_and_gains, restored_headline, restored_table)
 from data.results.tables import no_flags, text_table
 
 # --------------------------------------------------------------------------------------------- eval
@@ -200,7 +200,7 @@ def figures(script, args) -> None:
                  f"sodiff.py train --lambda-align 0 --out {args.against}")
         drawn["fig3"] = draw_fig3(runs, images, text_tokens(model.base, texts))
     if model.predictor is not None:
-        drawn["timestep"] = draw_predictions(model, list_images(args.data or [PHOTOS / "val"]))
+        drawn["timestep"] = draw_predictions(model, list_images(args.data or [PHOTOS / "val"])[:64])
     save(drawn, args.weights)
 
 
@@ -225,7 +225,7 @@ CLAIMS = [
     Claim("learning QF helps it", DEFAULT, "no-L_qf", "LPIPS 0.3124, 0.3270", TINY_LPIPS),
     Claim("L_EA keeps edges", DEFAULT, "no-L_EA", "DISTS 0.1558, 0.2475", TINY_LPIPS),
     Claim("the GAN loss adds texture", DEFAULT, "no-L_G", "MUSIQ 69.6, 58.1", TINY_LPIPS)]
-EXERCISE = "fixed-t", JPEG_EXERCISE
+EXERCISE = "fixed-t", {f"JPEG QF {qf}": ["PSNR", "SSIM", TINY_LPIPS, "detail"] for qf in (5, 10, 20)}
 MORE = {"true QF": {"predicted QF": "predicted QF", "timestep": "timestep"},
         "rank correlation with the true QF": {"": "rank correlation"}}
 EVAL = "--qf 5 10 20", "--qf 5"
