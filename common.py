@@ -394,9 +394,11 @@ class Crops(torch.utils.data.Dataset):
 
     def file(self, n: int) -> Path:
         epoch, i = divmod(n, len(self.files))
-        while self.read(file := self.files[self.order(epoch)[i % len(self.files)]]) is None:
-            i += 1
-        return file
+        order = self.order(epoch)
+        for k in [*order[i:], *order[:i]]:
+            if self.read(self.files[k]) is not None:
+                return self.files[k]
+        raise UserError(f"{self.files[0]}: no training image can be read any more")
 
     def view(self, photo: np.ndarray, n: int) -> np.ndarray:
         """Sample n's view of its photograph (or of another picture of the same size)."""

@@ -127,8 +127,9 @@ class CIRPairs(Crops):
         versions = self.versions[hq]
         at = int(rng(self.seed, "degradation", n).integers(len(versions)))
         read = self.read_once if self.few else self.read
-        lq = next(photo for _, file in versions[at:] + versions[:at]  # one that cannot be read: its successor
-                  if (photo := read(file)) is not None)
+        photos = (read(file) for _, file in versions[at:] + versions[:at])  # of a bad one its successor
+        if (lq := next((photo for photo in photos if photo is not None), None)) is None:
+            raise UserError(f"{hq}: none of its {len(versions)} compressed versions can be read")
         return n, to_tensor(self.view(lq, n)), to_tensor(self.view(self.read(hq), n))  # by n: the same view
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from common import Crops, device, jpeg, rng
 from data.captions import read_captions
-from data.files import UserError, atomic, list_images, note
+from data.files import UserError, append, atomic, first_line, list_images, note
 from data.results.tables import save_png
 from data.runs import CommandLine, run_cli
 
@@ -45,12 +46,15 @@ def names_of(data: list[Path], out: Path, per_image: int) -> dict[str, Path]:
 
 
 def captioned(log: Path) -> set[str]:
-    """The files that captions.jsonl names; a last line that a kill tore is removed."""
+    """The files that captions.jsonl names; what a kill left of a last line is removed."""
     if not log.exists():
         return set()
-    text = log.read_text(errors="replace")
-    if text and not text.endswith("\n"):
-        atomic(log, lambda tmp: tmp.write_text(text[:text.rfind("\n") + 1]))
+    *lines, last = log.read_text(errors="replace").split("\n")
+    if last:  # torn, or an editor's
+        with suppress(ValueError):
+            json.loads(last)
+            lines.append(last)
+        atomic(log, lambda tmp: tmp.write_text("".join(f"{line}\n" for line in lines)))
     return {file.name for file in read_captions([log.parent])}
 
 
@@ -71,8 +75,8 @@ def llava(model: str, max_tokens: int):
         processor = AutoProcessor.from_pretrained(model)
         network = LlavaForConditionalGeneration.from_pretrained(model, dtype=dtype)
     except Exception as error:
-        why = str(error).splitlines()[0][:120]
-        raise UserError(f"--model {model}: cannot be loaded ({why}); name a LLaVA's folder or id") from None
+        raise UserError(f"--model {model}: cannot be loaded ({first_line(error)[:120]}); name a LLaVA's "
+                        "folder or id") from None
     network.eval().to(device())
 
     @torch.inference_mode()
@@ -108,13 +112,10 @@ def caption(args: argparse.Namespace) -> None:
             save_png(hq, args.out / name)  # before its line below: what captions.jsonl names is there
             jpegs.append(lq)
             rows.append({"file": name, "qf": qf})
-        texts = describe(jpegs) if jpegs else []
-        try:
-            with open(log, "a") as f:
-                for row, text in zip(rows, texts):
-                    f.write(json.dumps({"file": row["file"], "caption": text, "qf": row["qf"]}) + "\n")
-        except OSError as error:
-            raise UserError(f"{log}: cannot be written ({error.strerror}); run the command again") from None
+        if rows:
+            lines = (json.dumps({"file": row["file"], "caption": text, "qf": row["qf"]})
+                     for row, text in zip(rows, describe(jpegs)))
+            append(log, "".join(f"{line}\n" for line in lines))
     print(f"{log}: {len(captioned(log))} captions")
     if bad:
         raise UserError(f"{bad} crops of images that cannot be read were left out; the others are done")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from data.files import UserError, note
+from data.files import UserError, files_in, note
 
 
 def read_captions(folders: list[Path]) -> dict[Path, dict]:
     """{image: {"caption": ..., "qf": ... or absent}} of every captions.jsonl in the folders."""
     rows = {}
-    for path in (p for folder in folders for p in sorted(Path(folder).rglob("captions.jsonl"))):
+    for path in (p for d in folders for p in files_in(Path(d), lambda f: f.name == "captions.jsonl")):
         lines = path.read_text("utf-8-sig", errors="replace").split("\n")
         for i, line in enumerate(lines, 1):
             if not line.strip():

@@ -117,7 +117,7 @@ def load_part(kind, base: str | Path, name: str, weights: bool = True):
         dtype = {} if name == "tokenizer" else {"torch_dtype": torch.float32}
         return kind.from_pretrained(base, subfolder=name, **dtype)
     except Exception as error:  # no such folder or repository, no network, no access: all the same to users
-        why = str(error).splitlines()[0]
+        why = first_line(error)
         raise UserError(f"{base}: no {name} there ({why}); name a local diffusers folder") from None
 
 
@@ -162,29 +162,34 @@ def list_images(paths: list[str | Path]) -> list[Path]:
     """The images at `paths`: files, or folders (searched recursively, sorted, nothing hidden)."""
     out = []
     for p in map(Path, paths):
-        found = sorted(images_in(p, set())) if p.is_dir() else [p] if p.exists() else []
+        found = files_in(p, lambda f: f.suffix.lower() in IMAGE_SUFFIXES) if p.is_dir() else [p] * p.exists()
         if not found:
             raise UserError(f"{p}: no {'images in this folder' if p.exists() else 'such file or folder'}")
         out += found
     return out
 
 
-def images_in(folder: Path, seen: set[Path]):
-    """Folders may be symbolic links, even to where the search has been."""
-    seen.add(folder.resolve())
-    for p in folder.iterdir():
-        if p.is_dir() and not p.name.startswith(".") and p.resolve() not in seen:
-            yield from images_in(p, seen)
-        elif p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") and p.is_file():
-            yield p
-
-
 def list_files(paths: list[Path], suffix: str) -> list[Path]:
     """Files, under any name, and those of this suffix in folders, searched recursively."""
-    files = [f for p in paths for f in ([p] if p.is_file() else sorted(p.rglob(f"*{suffix}")))]
+    files = [f for p in paths for f in ([p] if p.is_file() else files_in(p, lambda f: f.suffix == suffix))]
     if not files:
         raise UserError(f"{paths[0]}: no such file, nor a folder of {suffix} files")
     return files
+
+
+def files_in(folder: Path, wanted) -> list[Path]:
+    """The files below it that are wanted(path), sorted, nothing hidden. Folders may be symbolic links, even
+    to where the search has been."""
+    seen = set()
+
+    def search(folder):
+        seen.add(folder.resolve())
+        for p in folder.iterdir():
+            if p.is_dir() and not p.name.startswith(".") and p.resolve() not in seen:
+                yield from search(p)
+            elif wanted(p) and not p.name.startswith(".") and p.is_file():
+                yield p
+    return sorted(search(folder)) if folder.is_dir() else []
 
 
 def outputs(inputs: list[str], out: Path, suffix: str = ".png", find=list_images) -> list[tuple[Path, Path]]:
@@ -197,7 +202,10 @@ def outputs(inputs: list[str], out: Path, suffix: str = ".png", find=list_images
     else:
         pairs = [(f, out / (f.relative_to(root) if root.is_dir() else Path(f.name)).with_suffix(suffix))
                  for root in map(Path, inputs) for f in find([root])
-                 if out.resolve() not in f.resolve().parents or out.resolve() == root.resolve()]
+                 if not root.is_dir() or out.resolve() not in f.resolve().parents
+                 or out.resolve() == root.resolve()]
+    if not pairs:
+        raise UserError(f"{inputs[0]}: holds nothing but what lies in {out}; name another output")
     times = Counter(target for _, target in pairs)  # a.jpg and a.png in one folder: a.jpg.png and a.png.png
     pairs = [(f, target.with_name(f.name + suffix) if times[target] > 1 else target) for f, target in pairs]
     taken = {f.resolve() for f, _ in pairs}
@@ -206,6 +214,10 @@ def outputs(inputs: list[str], out: Path, suffix: str = ".png", find=list_images
             raise UserError(f"{file}: {target} would overwrite an input or another result; name another")
         taken.add(target.resolve())
     return pairs
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def reason(error: Exception, file: Path) -> str:

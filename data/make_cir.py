@@ -194,6 +194,11 @@ def recorded_size(path: Path, stamp: dict) -> int | None:
         return None
 
 
+def brought(out: Path) -> list[Path]:
+    """The folders OUT/CODEC/LEVEL that --pairs made."""
+    return [p for p in out.glob("*/*") if p.is_dir() and p.parent.name not in (*RANGE, "original")]
+
+
 def save_with_record(image: Image.Image, path: Path, size: int, stamp: dict) -> None:
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text("cir", json.dumps({"bytes": size, "stamp": stamp}))
@@ -224,7 +229,11 @@ def make_versions(file: Path, original: Path, out: Path, tasks: list[Task], bar)
         try:
             size = recorded_size(target, stamp)
             if size is None:
-                image = image or read_image(file)[0]
+                image = image or read_image(file, on_white=True)[0]
+                paired = codec == "original" and any((of / name).exists() for of in brought(out))
+                if paired and read_image(target)[0].tobytes() != image.tobytes():
+                    raise UserError(f"{target} is there already, by --pairs, and another picture than "
+                                    f"{file}; name another --out")
                 result, size = (image, 0) if codec == "original" else compress(image, codec, level)
                 save_with_record(result, target, size, stamp)
             with Image.open(target) as picture:
@@ -277,13 +286,13 @@ def add_pairs(out: Path, lq: Path, hq: Path, task: Task) -> dict:
     codec, level = task
     for name, (compressed, original) in tqdm(pairs.items(), f"{codec}:{level}", disable=None):
         target = out / "original" / f"{name}.png"
-        image = read_image(original)[0]
+        image = read_image(original, on_white=True)[0]
         if not target.exists():
             save_png(image, target)
         elif read_image(target)[0].tobytes() != image.tobytes():
             raise UserError(f"--pairs: {target} is there already and another picture than {original}; "
                             "name another --out")
-        save_png(read_image(compressed)[0], out / codec / level / f"{name}.png")
+        save_png(read_image(compressed, on_white=True)[0], out / codec / level / f"{name}.png")
     return {codec: {level: {f"{name}.png": None for name in pairs}}}
 
 
@@ -313,8 +322,7 @@ def caches_of(folders: list[Path], cache: Path | None) -> Caches:
 
 def training_tasks(names: list[str] | None, caches: Caches) -> list[Task]:
     """What to train on: of `names` what this machine can do, and whatever --pairs put into the caches."""
-    levels = [path for _, out in caches for path in out.glob("*/*") if path.is_dir()]
-    added = {(path.parent.name, path.name) for path in levels if path.parent.name not in (*RANGE, "original")}
+    added = {(path.parent.name, path.name) for _, out in caches for path in brought(out)}
     return available(parse_tasks(names or TRAINED))[0] + sorted(added)
 
 
@@ -324,9 +332,9 @@ def refuse_to_wait(caches: Caches, tasks: list[Task]) -> None:
     commands = []
     for folders, out in caches if processes() > 1 else ():
         record = out / "bench.json"
-        failed = " ".join(read_json(record)["failed"]) if record.exists() else ""
+        failed = " ".join(["", *read_json(record)["failed"]]) if record.exists() else ""
         if any(not (out / codec / level / original.relative_to(out / "original")).exists()
-               for file, original in originals(folders, out) if str(file) not in failed
+               for file, original in originals(folders, out) if f" {file}: " not in failed
                for codec, level in ours):
             command = ["python", "-m", "data.make_cir", "--data", *map(str, folders), "--out", str(out),
                        "--codecs", *map(":".join, ours)]

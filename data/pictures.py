@@ -153,8 +153,9 @@ def at_once(pairs: list[tuple[Path, Path]], tiled: bool) -> int:
     """How many pictures the networks take at a time: two on a CPU, whose cores one does not fill, if they are
     small; not in windows, for which networks are changed from call to call."""
     def pixels(file: Path) -> int:
-        with suppress(Exception), Image.open(file) as image:
-            return image.width * image.height
+        if file.is_file():  # a pipe can be read but once
+            with suppress(Exception), Image.open(file) as image:
+                return image.width * image.height
         return 0
     return 1 if tiled or torch.accelerator.is_available() or max(pixels(f) for f, _ in pairs) > 2**20 else 2
 

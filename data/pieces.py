@@ -24,7 +24,7 @@ from pathlib import Path
 from PIL import Image, features
 from tqdm import tqdm
 
-from data.files import UserError, atomic, leave_ctrl_c_to_the_parent, list_images, note, outputs
+from data.files import UserError, atomic, files_in, leave_ctrl_c_to_the_parent, list_images, note, outputs
 from data.pictures import read_image
 from data.runs import CommandLine, run_cli
 
@@ -51,10 +51,7 @@ def jobs_of(folders: list[Path], out: Path) -> list[tuple[Path, Path]]:
             raise UserError(f"--data {folder}: no such folder")
         if taken.setdefault(str(target).casefold(), folder) is not folder:
             raise UserError(f"--data {folder}: {target} would hold another folder's pieces too; rename one")
-        new = outputs([str(folder)], target, find=find)
-        if not new:
-            raise UserError(f"--data {folder}: no photographs but in --out {out}; name another --out")
-        jobs += new
+        jobs += outputs([str(folder)], target, find=find)
     return jobs
 
 
@@ -124,6 +121,11 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         pool.shutdown(cancel_futures=True)
     print(f"{args.out}: {pieces} pieces of {len(jobs) - bad} photographs")
+    whole = {target.with_suffix("") for _, target in jobs}
+    if others := [f for f in files_in(args.out, lambda f: f.suffix == ".webp")
+                  if f.parent / f.stem.rsplit("_", 2)[0] not in whole]:
+        note(f"{others[0]}: a piece of none of these photographs, nor are {len(others) - 1} more; "
+             f"training on {args.out} takes them, too")
     if bad:
         raise UserError(f"{bad} of {len(jobs)} photographs could not be read; the others are done")
 

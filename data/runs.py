@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from common import PHOTOS, SD, TINY_SD, Settings, device, load_trained, trained
 from data import speed
-from data.files import (ROOT, SHIPPED, UserError, append, atomic, in_repo, leave_ctrl_c_to_the_parent,
-                        list_files, list_images, load_tensors, note, outputs, read_json, save_tensors,
-                        write_json)
+from data.files import (ROOT, SHIPPED, UserError, append, atomic, first_line, in_repo,
+                        leave_ctrl_c_to_the_parent, list_files, list_images, load_tensors, note, outputs,
+                        read_json, save_tensors, write_json)
 from data.pictures import compress_files, decompress_files, restore_files
 from data.results.tables import ledger_table, text_table
 
@@ -67,6 +67,14 @@ def open_folder(folder: Path, config: dict, resume: bool, overwrite: bool, stage
         raise UserError(f"--resume: {folder} holds no run")
     if begun and not (resume or overwrite or stage == "2"):
         raise UserError(f"--out {folder}: holds a run; --resume it, or --overwrite it by a new one")
+    old = [p for p in folder.glob("*") if p.name != LOCK] if overwrite else []
+    if old and not begun:
+        raise UserError(f"--overwrite: {folder} holds {old[0].name}, but no run; name another --out")
+    if old and stage == "2":
+        raise UserError(f"--overwrite: {folder} holds the stage 1 on which stage 2 builds; to do stage 2 "
+                        "again delete last/stage2.safetensors there")
+    # by a kill in the middle of a write
+    torn = [p for p in [*folder.glob(".*tmp*"), *folder.glob("*/.*tmp*")] if begun and p.is_file()]
     begun = {} if overwrite else begun
     for k, now in config.items() if begun else ():
         # a stage that has not saved anything yet may still get other settings, and other data
@@ -75,9 +83,8 @@ def open_folder(folder: Path, config: dict, resume: bool, overwrite: bool, stage
         if begun.get(k) != now and started:
             raise UserError(f"--resume: {k} was {begun.get(k)}, but is {now} now; or name a new --out")
     lock(folder)
-    torn = [*folder.glob(".*tmp*"), *folder.glob("*/.*tmp*")]  # by a kill in the middle of a write
-    for old in [p for p in folder.iterdir() if p.name != LOCK] if overwrite else torn:
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    for p in old or torn:
+        shutil.rmtree(p) if p.is_dir() else p.unlink()
     write_json(path, begun | config)
 
 
@@ -111,6 +118,8 @@ def loader(data, batches, cfg: Settings, acc):
                                        worker_init_fn=leave_ctrl_c_to_the_parent)
     try:
         yield from made
+    except UserError as error:  # a worker's comes with its traceback
+        raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or error) from None
     except (RuntimeError, OSError) as error:  # by many names, and from either side
         if cfg.workers and re.search("shared memory|shm|No space left|Bus error|unable to mmap", str(error)):
             flag = cfg.flag("workers")
@@ -365,8 +374,9 @@ class CommandLine(argparse.ArgumentParser):
         p.add_argument("--out", type=Path, default=ROOT / "runs" / self.prog[:-3], help="the run's folder")
         p.add_argument("--seed", type=int, default=0)
         p.speed_flags()
-        p.add_argument("--resume", action="store_true", help="continue the run in --out")
-        p.add_argument("--overwrite", action="store_true", help="delete the run in --out and start anew")
+        begun = p.add_mutually_exclusive_group()
+        begun.add_argument("--resume", action="store_true", help="continue the run in --out")
+        begun.add_argument("--overwrite", action="store_true", help="delete the run in --out and start anew")
         for stage in stages:
             group = p.add_argument_group(f"stage {stage.number} (tiny run's value | paper run's, source)")
             for f in fields(stage):
@@ -445,6 +455,9 @@ def run_cli(main) -> None:
         return main()
     except (UserError, OSError) as error:  # of the system, say of a folder that may not be read
         note(f"{Path(sys.argv[0]).name}: {error}")
+    except torch.OutOfMemoryError as error:
+        note(f"{Path(sys.argv[0]).name}: {first_line(error)} Train with a smaller --s1-batch or --s2-batch, "
+             "more --sN-accumulate, or --s2-checkpointing (data/results/paper-run.md)")
     except KeyboardInterrupt:
         note(f"{Path(sys.argv[0]).name}: interrupted; what was saved is whole (train: go on with --resume)")
     sys.exit(2)

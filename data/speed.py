@@ -8,7 +8,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from data.files import note
+from data.files import first_line, note
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 chosen: torch.dtype | None = None  # by --precision
@@ -133,7 +133,7 @@ def compile_networks(modules: list[nn.Module], on: str) -> None:
         with torch._dynamo.config.patch(suppress_errors=False):
             torch.compile(lambda x: 2 * x + 1, backend=BACKEND)(torch.ones(8, device=on))
     except Exception as error:
-        note(f"--compile: does not work here ({str(error).splitlines()[0][:150]}); goes on without it")
+        note(f"--compile: does not work here ({first_line(error)[:150]}); goes on without it")
         return
     torch._functorch.config.donated_buffer = False  # the ledger goes back through a graph several times
     torch._dynamo.config.suppress_errors = True     # a network that cannot be compiled runs as it is

@@ -75,6 +75,9 @@ TRAIN = [("", "--s1-lr fast", "--s1-lr: invalid float"), ("", "--no-such-flag"),
          ("", "--s1-crop 100", "--s1-crop 100: must be a multiple of"),
          ("", "--out {run}", "--resume it, or --overwrite it"),
          ("", "--out {run} --resume", "stage1.save_every was 2"),
+         ("", "--out {run} --resume --overwrite", "not allowed with"),
+         ("", "--out {run} --stage 2 --overwrite", "{run} holds the stage 1"),
+         ("", "--out {torn} --overwrite", "--overwrite: {torn} holds c"),
          ("", "--out {other}", "its config.json is not a run's"), ("", "--out {photo}", "{photo}"),
          ("codiff", "--s2-T-L 1000", "--s2-T-L 1000: must be at least 0, at most 999"),
          ("codiff", "--s1-qf-min 96"), ("codiff", "--prompt dape", "--prompt dape: choose from cave"),
@@ -171,8 +174,9 @@ def test_bad_settings_are_refused_before_any_training(name, words, says, trained
     names |= {"run": trained(name).folder}
     args = words.format(**names).split()
     data = ["--data", str(photos)] if name == "moe_diffir" and not {"--paper", "--data"} & {*args} else []
+    there = {p for folder in (names["run"], names["torn"]) for p in folder.rglob("*")}
     said = refused(trained(name).script.main, ["train", "--out", names["new"], *data, *args])
-    assert says.format(**names) in said
+    assert says.format(**names) in said and all(p.exists() for p in there)
     assert not any((names["new"] / made).exists() for made in ("last", "model", "log.jsonl"))
 
 

@@ -454,6 +454,11 @@ def test_crops_are_a_function_of_seed_and_number(tmp_path, capsys):
     (tmp_path / "b" / "x.png").write_bytes(b"")
     with pytest.raises(UserError, match="none of the 1 training images"):
         Crops([tmp_path / "b"], 24, 0)
+    for name in ("a.png", "small.png"):  # as of a drive that is gone
+        (tmp_path / name).unlink()
+    again.read.cache_clear()
+    with pytest.raises(UserError, match="no training image can be read any more"):
+        again.crop(31)
 
 
 def test_noise_depends_on_the_sample_and_the_stream_not_on_the_batch():

@@ -7,6 +7,7 @@ import os
 import struct
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -275,7 +276,8 @@ def test_every_failure_to_read_names_the_file(tmp_path):
         reader, writer = os.pipe()
         os.write(writer, saved(tmp_path, "pipe.png").read_bytes())
         os.close(writer)
-        assert read_image(f"/dev/fd/{reader}")[0].size == COLOUR.size
+        restore_files([(Path(f"/dev/fd/{reader}"), tmp_path / "of a pipe.png")], lambda image: (image, ""))
+        assert read_image(tmp_path / "of a pipe.png")[0].size == COLOUR.size
         os.close(reader)
 
 
@@ -306,6 +308,8 @@ def test_linked_folders_are_searched_and_pipes_are_not(tmp_path):
     (tmp_path / "real" / "round").symlink_to(tmp_path / "data")
     os.mkfifo(tmp_path / "real" / "b.png")
     assert [p.name for p in list_images([tmp_path / "data"])] == ["a.png"]
+    (tmp_path / "real" / "captions.jsonl").write_text('{"file": "a.png", "caption": "a line"}')
+    assert [*read_captions([tmp_path / "data"])] == list_images([tmp_path / "data"])
 
 
 def test_results_within_the_input_are_no_inputs(tmp_path):
@@ -323,6 +327,10 @@ def test_outputs_never_overwrite_an_input_or_another_result(tmp_path):
     names = {str(p.relative_to(tmp_path / "out")) for p in pairs.values()}
     assert names == {"a.png.png", "a.jpg.png", "b.png", "only/d.png"}
     assert outputs([str(b)], tmp_path / "c.png") == [(b, tmp_path / "c.png")]
+    assert outputs([str(b)], tmp_path) == [(b, tmp_path / "b.png")]  # beside it
+    done = saved(tmp_path, "deep/out/e.png").parent
+    with pytest.raises(UserError, match="deep: holds nothing but what lies in"):
+        outputs([str(done.parent)], done)
     folders = [str(saved(tmp_path, f"{folder}/x.jpg").parent) for folder in ("one", "two")]
     with pytest.raises(UserError, match="another result"):  # the same name in both: before any work
         outputs(folders, tmp_path / "out")

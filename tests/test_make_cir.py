@@ -161,6 +161,18 @@ def test_pairs_join_the_benchmark_and_are_trained_on(photos, tmp_path, capsys):
     with pytest.raises(UserError, match="no photograph with a compressed version"):
         make_cir.read(caches, [("vvc", "47")])
 
+    (own := tmp_path / "own").mkdir()  # another picture of a name that --pairs has brought
+    clear = read_image(photos / "cat.png")[0]
+    clear.putalpha(0)
+    clear.save(own / "flower.png")
+    before = {p: p.read_bytes() for p in (out / "original").glob("*.png")}
+    with pytest.raises(UserError, match="1 pictures could not be made"):
+        make_cir.main(["--data", str(own), "--out", str(out), "--codecs", "jpeg:5"])
+    assert "flower.png is there already, by --pairs" in capsys.readouterr().err
+    assert all(p.read_bytes() == content for p, content in before.items())
+    make_cir.main(["--data", str(own), "--out", str(tmp_path / "new"), "--codecs", "jpeg:5"])
+    assert np.asarray(read_image(tmp_path / "new" / "original" / "flower.png")[0]).min() == 255  # on white
+
     Image.open(lq / "flower.jpg").crop((0, 0, 50, 40)).save(lq / "flower.jpg")
     shutil.copy(lq / "cat.jpg", lq / "extra.jpg")
     says = f"extra (only in {lq}), flower (50 x 40 in {lq}, 107 x 101 in {photos})"

@@ -88,6 +88,9 @@ def test_a_version_that_cannot_be_read_is_named_and_its_successor_taken(photos, 
     damaged = CIRPairs(benchmark, Stage1(crop=64), 32, 0)
     assert all(torch.equal(damaged[n][1], whole[n][1]) for n in range(12))
     assert capsys.readouterr().err.count("skipped: ") == 2
+    nothing = CIRPairs({hq: versions[:1] for hq, versions in benchmark.items()}, Stage1(crop=64), 32, 0)
+    with pytest.raises(UserError, match="none of its 1 compressed versions can be read"):
+        nothing[0]
 
 
 # ---- router and prompts, Eqs. 3 and 1

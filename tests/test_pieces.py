@@ -101,6 +101,16 @@ def test_pieces_within_the_photographs_folder_are_no_photographs(tmp_path):
     assert set(made(tmp_path / "pieces")) == {"a_0_0.webp"}
 
 
+def test_pieces_of_photographs_that_are_gone_are_named(tmp_path, capsys):
+    for name in ("a_1.png", "b.png"):
+        photograph(tmp_path / "in" / name, 60, 60)
+    cut(tmp_path / "out", tmp_path / "in")
+    assert not capsys.readouterr().err.count("none of these")
+    (tmp_path / "in" / "b.png").unlink()
+    cut(tmp_path / "out", tmp_path / "in")
+    assert f"{tmp_path / 'out' / 'b_0_0.webp'}: a piece of none of these" in capsys.readouterr().err
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     photograph(tmp_path / "in" / "a.png", 60, 60)
     (tmp_path / "out").write_text("a file")

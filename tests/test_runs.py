@@ -26,7 +26,7 @@ from conftest import SCRIPTS, STOP, as_here, before_stage_2, child_processes, ro
 from data.files import ROOT, UserError, in_repo, load_tensors
 from data.results import figures
 from data.results.tables import paper
-from data.runs import LOCKS, loader, lock
+from data.runs import LOCKS, loader, lock, run_cli
 
 # Of each script, calls after which Ctrl-C comes: in the third step of each stage, one after the last
 # checkpoint; in MoE-DiffIR also between the stages, among the latents.
@@ -276,6 +276,27 @@ def test_workers_without_shared_memory_are_named_in_one_line(monkeypatch, error,
             next(batches)
         said = str(end.value)
         assert ("--s1-workers 2" in said and "--shm-size" in said) == (told and workers == 2)
+
+
+class OfNothing(torch.utils.data.Dataset):
+    def __getitem__(self, n):
+        raise UserError(f"{n}.png: cannot be read")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_wrong_with_a_sample_is_one_line(workers):
+    acc = SimpleNamespace(device=torch.device("cpu"))
+    with pytest.raises(UserError, match="^7.png: cannot be read$"):
+        next(loader(OfNothing(), [[7]], codiff.Stage1(workers=workers), acc))
+
+
+def test_out_of_memory_is_one_line(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+    with pytest.raises(SystemExit, match="2"):
+        run_cli(main)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Tried to allocate 2 GiB. Train with a smaller --s1-batch" in said
 
 
 # ---- shared by micro-batches and processes

@@ -439,7 +439,7 @@ def test_caption_writes_crops_and_lines_and_resumes(llava, tmp_path, capsys):
         CAT.crop(box).save(photos / name)
     (photos / "broken.png").write_bytes(b"\x89PNG")
     args = [*map(str, ("--data", photos, "--out", out, "--model", llava, "--crop", 64, "--max-tokens", 5,
-                       "--batch", 2))]
+                       "--batch", 1))]
     with pytest.raises(UserError, match="1 crops of images that cannot be read"):
         caption.main(args)
     log = (out / "captions.jsonl").read_text()
@@ -452,6 +452,9 @@ def test_caption_writes_crops_and_lines_and_resumes(llava, tmp_path, capsys):
     crop = np.asarray(Image.open(out / "a.png_0.png"))
     assert any(np.array_equal(a[y:y + 64, x:x + 64], crop) for y in range(27) for x in range(37))
 
+    (out / "captions.jsonl").write_text(log[:-1])  # a whole line, which an editor ended so
+    caption.captioned(out / "captions.jsonl")
+    assert (out / "captions.jsonl").read_text() == log
     (out / "captions.jsonl").write_text(log[:-9])  # a kill in the middle of a line
     (photos / "0.png").write_bytes((photos / "a.png").read_bytes())  # and a new photograph, first in the list
     (photos / "broken.png").unlink()

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import common
 from common import PHOTOS, SD, device, jpeg, pad_to, to_image, to_tensor
-from data.files import ROOT, SHIPPED, UserError, note, reason, write_json
+from data.files import ROOT, SHIPPED, UserError, first_line, note, reason, write_json
 from data.results.seeds import TINY_LPIPS
 from data.results.tables import (centre, comparison_picture, mean, means, paper, peak_memory, read_all,
                                  readable, text_table)
@@ -59,8 +59,7 @@ class Metrics:
                 self.deep[f"LPIPS-{net}"] = lpips.LPIPS(net=net.lower(), verbose=False).to(device())
             self.deep["DISTS"] = common.dists("vgg16").to(device())
         except Exception as error:
-            why = (str(error) or type(error).__name__).splitlines()[0]
-            note(f"without LPIPS and DISTS, whose networks' weights are not to be had: {why}")
+            note(f"without LPIPS and DISTS, whose networks' weights are not to be had: {first_line(error)}")
         self.extra = {k: pyiqa_metric(k) for k in extra}
         self.names = ["PSNR", "PSNR-B", "SSIM", "detail", "grid Y", "grid C", *self.deep,
                       *(k.upper() for k in extra)]
