@@ -166,7 +166,9 @@ class PromptGenerator(nn.Module):
 
     def __init__(self, cfg: Stage1, dp_width: int | None):
         super().__init__()
-        self.kind, self.k, c = cfg.prompt, cfg.top_k if cfg.prompt == "moe" else cfg.experts, cfg.width
+        self.kind = cfg.prompt
+        self.k = cfg.top_k if cfg.prompt == "moe" else cfg.experts  # how many are chosen
+        c = cfg.width
         if self.kind == "single":  # "image-like", of 8x8 here, enlarged to the features' size
             self.P = nn.Parameter(torch.randn(1, c, 8, 8) * 0.02)
         elif self.kind != "none":
@@ -250,7 +252,7 @@ class SPADE(nn.Module):
     def resblock(self, resnet: nn.Module, h: Tensor, time: Tensor, y: Tensor) -> Tensor:
         """A ResBlock of the UNet, skip(h) + branch(h), with SPADE on its branch (Sec. 3.4); time (B, c_t)."""
         g = resnet.conv1(F.silu(resnet.norm1(h)))  # (B, c, h, w)
-        g = g + resnet.time_emb_proj(F.silu(time))[:, :, None, None]
+        g = g + resnet.time_emb_proj(F.silu(time))[:, :, None, None]  # (B, c, 1, 1)
         g = resnet.conv2(F.silu(resnet.norm2(g)))
         skip = h if resnet.conv_shortcut is None else resnet.conv_shortcut(h)  # as g
         return skip + self(g, y)
@@ -326,10 +328,10 @@ class Visual2Text(nn.Module):
         f = self.enhance(patches.flatten(2).transpose(1, 2) + self.position)  # (B, 256, width)
         x = x + self.unpatch(f.transpose(1, 2).unflatten(2, patches.shape[2:]))  # enhanced, as x
         tokens = self.clip(x).last_hidden_state[:, 1:]                  # without the class token: (B, 256, d)
-        side = math.isqrt(tokens.shape[1])
+        side = math.isqrt(tokens.shape[1])                              # 16: CLIP's pictures are square
         grid = self.conv(tokens.transpose(1, 2).unflatten(2, (side, side)))  # (B, D, 16, 16)
         c = torch.cat([grid.flatten(2).transpose(1, 2), self.learned.expand(len(x), -1, -1)], 1)
-        return c + self.mlp(c)
+        return c + self.mlp(c)                                          # (B, 256 + 77, D)
 
 
 class ResidualBlock(nn.Module):
@@ -444,7 +446,7 @@ class MoEDiffIR(nn.Module):
                 return checkpoint(spade[resnet].resblock, resnet, *given, use_reentrant=False)
             return spade[resnet].resblock(resnet, *given)
         time = unet.time_embedding(unet.get_time_embed(z_t, t))  # (B, c_time)
-        h = unet.conv_in(z_t)
+        h = unet.conv_in(z_t)  # (B, c_0, h, w)
         skips = [h]  # for the way up
         for block in unet.down_blocks:
             h, own = block(h, time, **({"encoder_hidden_states": c} if hasattr(block, "attentions") else {}))
@@ -454,12 +456,12 @@ class MoEDiffIR(nn.Module):
             h = resnet(attention(h, c, return_dict=False)[0], time)
         for block, y in zip(unet.up_blocks, reversed(ys)):  # from h / 8 to h
             for j, resnet in enumerate(block.resnets):
-                h = modulated(resnet, torch.cat([h, skips.pop()], 1), time, y)
+                h = modulated(resnet, torch.cat([h, skips.pop()], 1), time, y)  # (B, c_i, h / 2^i, w / 2^i)
                 if hasattr(block, "attentions"):
                     h = block.attentions[j](h, c, return_dict=False)[0]
             for upsample in block.upsamplers or ():
                 h = upsample(h, skips[-1].shape[2:])  # odd sides were rounded up
-        return unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
+        return unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))  # (B, C, h, w)
 
     def eps(self, z_t: Tensor, out: Tensor, alpha_bar: Tensor) -> Tensor:
         """The noise that the UNet's output implies, of v sqrt(alpha_bar) v + sqrt(1 - alpha_bar) z_t."""
@@ -512,7 +514,7 @@ class MoEDiffIR(nn.Module):
             features.append(h)                                          # (B, c_i, H / 2^i, W / 2^i)
             for downsample in block.downsamplers or ():
                 h = downsample(h)
-        h = encoder.conv_out(encoder.conv_act(encoder.conv_norm_out(encoder.mid_block(h))))
+        h = encoder.conv_out(encoder.conv_act(encoder.conv_norm_out(encoder.mid_block(h))))  # (B, 2 C, h, w)
         return self.sd.sample(DiagonalGaussianDistribution(vae.quant_conv(h)), noise), features
 
 

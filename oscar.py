@@ -678,7 +678,8 @@ def load(weights: Path, base: str | None = None) -> OSCAR:
     sha = hashlib.sha256(header["fingerprint"].encode())  # of the base and the trained tensors, by name
     for name, tensor in sorted(tensors.items()):
         sha.update(name.encode() + tensor.numpy().tobytes())
-    G.digest, G.true_norms = sha.digest()[:2], header.get("true_norms", False)
+    G.digest = sha.digest()[:2]
+    G.true_norms = header.get("true_norms", False)
     common.for_inference(G.sd)  # not the hyper-encoders and codebooks: float32, for exact indices
     return G.eval().to(common.device())
 
