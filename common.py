@@ -394,10 +394,10 @@ class Crops(torch.utils.data.Dataset):
 
     def file(self, n: int) -> Path:
         epoch, i = divmod(n, len(self.files))
-        order = self.order(epoch)
-        for k in [*order[i:], *order[:i]]:
-            if self.read(self.files[k]) is not None:
-                return self.files[k]
+        for k in range(i, i + len(self.files)):
+            file = self.files[self.order(epoch)[k % len(self.files)]]
+            if self.read(file) is not None:
+                return file
         raise UserError(f"{self.files[0]}: no training image can be read any more")
 
     def view(self, photo: np.ndarray, n: int) -> np.ndarray:
