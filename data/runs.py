@@ -70,7 +70,7 @@ def open_folder(folder: Path, config: dict, resume: bool, overwrite: bool, stage
     old = [p for p in folder.glob("*") if p.name != LOCK] if overwrite else []
     if old and not begun:
         raise UserError(f"--overwrite: {folder} holds {old[0].name}, but no run; name another --out")
-    if old and stage == "2":
+    if old and stage == "2" and config.get("stage2.alignment", True):  # OSCAR without needs none
         raise UserError(f"--overwrite: {folder} holds the stage 1 on which stage 2 builds; to do stage 2 "
                         "again delete last/stage2.safetensors there")
     # by a kill in the middle of a write
