@@ -350,9 +350,8 @@ CHOICES = [
     Choice("moe", "--no-v2t --no-dp", "Tables 2 and 3"), Choice("moe-v2t", "--no-dp", "Table 3"),
     Choice("moe-dp", "--no-v2t", "Table 3"), Choice("N1-K1", "--experts 1 --top-k 1", "Fig. 6"),
     Choice("N14-K3", "--experts 14", "Fig. 6"), Choice("N7-K1", "--top-k 1", "Fig. 6"),
-    Choice("N7-K7", "--top-k 7", "Fig. 6"),
     *(Choice(f"N{n}-K3", f"--experts {n}", "Fig. 6a", paper_only=True) for n in (4, 11, 17, 21)),
-    Choice("N7-K5", "--top-k 5", "Fig. 6b", paper_only=True)]
+    *(Choice(f"N7-K{k}", f"--top-k {k}", "Fig. 6b", paper_only=True) for k in (5, 7))]
 CLAIMS = [
     Claim("prompts help", "moe", "none", "LIVE-1 29.02, 28.73 dB"),
     Claim("many are better than a single one", "multiple", "single", "28.98, 28.86 dB"),
