@@ -700,7 +700,10 @@ def test_profile_counts_by_part_for_one_step_and_two_hundred(capsys):
     parameters = {name: cells[1] for name, cells in rows.items() if len(cells) > 2}
     assert parameters["a step: UNet"] == "865.91 M" and parameters["once: VAE decoder"] == "49.49 M"
     assert parameters["once: degradation prior (CLIP)"] == "87.46 M"
-    one, all_steps = (float(re.search(rf"^{n} steps?: ([\d.]+) T MACs", said, re.M)[1]) for n in (1, 200))
-    a_step = sum(float(cells[3].split()[0]) for name, cells in rows.items() if name.startswith("a step"))
-    assert all_steps - one == pytest.approx(199 * a_step, rel=1e-3)
-    assert one == pytest.approx(float(rows["total"][3].split()[0]), rel=1e-3)
+    sums = [re.search(rf"^{n} steps?: ([\d.]+) T MACs of .* layers, ([\d.]+) T of all", said, re.M)
+            for n in (1, 200)]
+    for column, group in ((2, 1), (3, 2)):  # of convolutions and linear layers; of all products
+        one, all_steps = (float(of[group]) for of in sums)
+        a_step = sum(float(cells[column].split()[0]) for name, cells in rows.items() if "a step" in name)
+        assert all_steps - one == pytest.approx(199 * a_step, rel=1e-3)
+        assert one == pytest.approx(float(rows["total"][column].split()[0]), rel=1e-3)
