@@ -252,7 +252,7 @@ class SPADE(nn.Module):
     def resblock(self, resnet: nn.Module, h: Tensor, time: Tensor, y: Tensor) -> Tensor:
         """A ResBlock of the UNet, skip(h) + branch(h), with SPADE on its branch (Sec. 3.4); time (B, c_t)."""
         g = resnet.conv1(F.silu(resnet.norm1(h)))  # (B, c, h, w)
-        g = g + resnet.time_emb_proj(F.silu(time))[:, :, None, None]  # (B, c, 1, 1)
+        g = g + resnet.time_emb_proj(F.silu(time))[:, :, None, None]  # of time: (B, c, 1, 1)
         g = resnet.conv2(F.silu(resnet.norm2(g)))
         skip = h if resnet.conv_shortcut is None else resnet.conv_shortcut(h)  # as g
         return skip + self(g, y)
