@@ -47,7 +47,8 @@ from common import (ROOT, SD, Crops, Settings, UserError, device, load_trained, 
 
 # ----------------------------------------------------------------------------------------- settings
 
-CLIP_B32, CLIP_H14 = "openai/clip-vit-base-patch32", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+CLIP_B32 = "openai/clip-vit-base-patch32"
+CLIP_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 TINY_CLIP = "tiny-clip"  # of data: a CLIP in miniature, trained as DA-CLIP to name what a codec did, too
 PROMPTS = "none", "single", "multiple", "moe"
 Benchmark = dict[Path, list[tuple[int, Path]]]  # photograph: [(number of the task, compressed version), ...]
@@ -114,7 +115,8 @@ class CIRPairs(Crops):
     def __init__(self, benchmark: Benchmark, cfg: Settings, cell: int, seed: int, period: int = 0):
         cfg.check_multiple("crop", cell)
         super().__init__(list(benchmark), cfg.crop, seed)
-        self.versions, self.period = benchmark, period
+        self.versions = benchmark
+        self.period = period
         self.few = sum(map(len, benchmark.values())) <= 256  # as of the bundled photographs: kept in memory
 
     @functools.lru_cache(maxsize=256)
@@ -309,7 +311,9 @@ class Visual2Text(nn.Module):
     def __init__(self, cfg: Stage1, empty: Tensor, weights: bool = True):
         super().__init__()
         self.clip = clip_encoder(cfg.v2t, "--clip", weights)
-        c, d, D = cfg.width, self.clip.config.hidden_size, empty.shape[1]
+        c = cfg.width
+        d = self.clip.config.hidden_size
+        D = empty.shape[1]  # the UNet's text width
         self.size = self.clip.config.image_size
         side = self.clip.config.patch_size
         self.patch = nn.Conv2d(3, c, side, side)  # side x side pixels to a token
@@ -357,7 +361,8 @@ class Compensator(nn.Module):
         self.levels = cfg.levels
         self.fuse = nn.ModuleDict()
         for i in self.levels:
-            c, hidden = widths[i], max(widths[i], 32)  # channels
+            c = widths[i]  # channels
+            hidden = max(c, 32)
             self.fuse[str(i)] = nn.Sequential(
                 nn.Conv2d(2 * c, hidden, 3, padding=1), *(ResidualBlock(hidden) for _ in range(cfg.blocks)),
                 nn.SiLU(), zero_init(nn.Conv2d(hidden, c, 3, padding=1)))
@@ -405,12 +410,13 @@ class MoEDiffIR(nn.Module):
     def __init__(self, base: str | Path, cfg: Stage1, empty: Tensor, cfg2: Stage2 | None = None,
                  weights: bool = True):
         super().__init__()
-        self.base, self.cfg = base, cfg
+        self.base = base
+        self.cfg = cfg
         self.sd = SD(base, weights=weights)
         self.cell, self.stride = self.sd.cell, self.sd.stride
         unet, vae = self.sd.unet.config, self.sd.vae.config
         wanted = cfg.prompt == "moe" and cfg.dp != "none"
-        self.prior = Prior(cfg.dp, weights) if wanted else None
+        self.prior = Prior(cfg.dp, weights) if wanted else None  # only MoE-Prompt reads it
         dp_width = self.prior.width if self.prior else None
         self.module = MoEPromptModule(cfg, vae.latent_channels, len(unet.block_out_channels), dp_width)
         # as in StableSR, in all ResBlocks of the up blocks, full size first, and in the mid block's first
@@ -437,7 +443,7 @@ class MoEDiffIR(nn.Module):
 
     def unet(self, z_t: Tensor, t: Tensor, c: Tensor, ys: list[Tensor]) -> Tensor:
         """The UNet's forward, with SPADE in these ResBlocks: (B, C, h, w)."""
-        unet, mid = self.sd.unet, self.sd.unet.mid_block
+        unet = self.sd.unet
         spade = {resnet: own for own, (_, resnet) in zip(self.spade, self.modulated)}
         z_t = z_t.to(unet.dtype)
 
@@ -451,6 +457,7 @@ class MoEDiffIR(nn.Module):
         for block in unet.down_blocks:
             h, own = block(h, time, **({"encoder_hidden_states": c} if hasattr(block, "attentions") else {}))
             skips += own  # one for each ResBlock and downsampling
+        mid = unet.mid_block
         h = modulated(mid.resnets[0], h, time, ys[-1])  # (B, c, h / 8, w / 8)
         for attention, resnet in zip(mid.attentions, mid.resnets[1:]):
             h = resnet(attention(h, c, return_dict=False)[0], time)
@@ -465,7 +472,8 @@ class MoEDiffIR(nn.Module):
 
     def eps(self, z_t: Tensor, out: Tensor, alpha_bar: Tensor) -> Tensor:
         """The noise that the UNet's output implies, of v sqrt(alpha_bar) v + sqrt(1 - alpha_bar) z_t."""
-        a, out = alpha_bar.view(-1, 1, 1, 1), out.float()
+        a = alpha_bar.view(-1, 1, 1, 1)
+        out = out.float()
         return out if self.sd.prediction == "epsilon" else a.sqrt() * out + (1 - a).sqrt() * z_t.float()
 
     def forward(self, z_t: Tensor, t: Tensor, z_lq: Tensor, x_lq: Tensor, noise: Tensor):
@@ -480,7 +488,8 @@ class MoEDiffIR(nn.Module):
         """z_0 in `steps` calls of the UNet: ancestral sampling (Ho et al. 2020) from noise, each picture's by
         its generator, over evenly spaced timesteps, T - 1 to 0. With t*: one call, from z_lq as it is."""
         from diffusers.utils.torch_utils import randn_tensor
-        dp, c = self.degradation_prior(x_lq), self.text(x_lq)  # (B, M, D), (B, tokens, D_text)
+        dp = self.degradation_prior(x_lq)  # (B, M, D)
+        c = self.text(x_lq)                # (B, tokens, D_text)
         module = functools.lru_cache(1)(lambda z_lq: self.module(z_lq, dp)[0])  # once; in windows once a step
 
         def predict(t, z_t, z_lq):
@@ -505,7 +514,8 @@ class MoEDiffIR(nn.Module):
     def encode(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """(z, features of x before each downsampling and at the end): the VAE encoder's forward."""
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-        vae, encoder = self.sd.vae, self.sd.vae.encoder
+        vae = self.sd.vae
+        encoder = vae.encoder
         h = encoder.conv_in(x.to(vae.dtype))                            # (B, c, H, W)
         features = []
         for block in encoder.down_blocks:
@@ -670,7 +680,8 @@ def load(weights: Path, base: str | None = None) -> MoEDiffIR:
     model = load_stage1(weights, base or header["base"], cfg)
     model.sd.check(header, weights)
     load_trained(model.compensator, tensors, weights)
-    model.sampling, model.tasks = cfg.sampling, header["tasks"]
+    model.sampling = cfg.sampling
+    model.tasks = header["tasks"]
     return common.for_inference(model)
 
 

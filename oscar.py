@@ -287,14 +287,16 @@ class OSCAR(nn.Module):
 
     def __init__(self, base: str | Path, cfg: Stage1, t=RELEASED_T, weights: bool = True):
         super().__init__()
-        self.base, self.t = base, t
+        self.base = base
+        self.t = t
         self.sd = SD(base, weights=weights)
         self.hyper_encoders = HyperEncoders(cfg, self.sd.vae.config.latent_channels)
         self.prompt = nn.Parameter(torch.zeros(77, self.sd.unet.config.cross_attention_dim))  # as released
         self.cells = [self.sd.cell * s for s in S]  # pixels a side of an index; pictures are padded to these
         self.cell = max(self.cells)  # the coarsest rate's
         self.stride = max(*self.cells, self.sd.stride)  # all powers of two
-        self.digest, self.true_norms = b"\0\0", False
+        self.digest = b"\0\0"
+        self.true_norms = False
 
     def add_lora(self, rank: int) -> OSCAR:
         """LoRA on the UNet (but its time embeddings), Sec. 3.4. DIFFERS: the release scales it by 0.5."""
@@ -303,7 +305,8 @@ class OSCAR(nn.Module):
 
     def denoise(self, z_tilde: Tensor, r: int) -> Tensor:
         """Eq. 5: z_hat from z_tilde, seen as a diffusion state at the rate's pseudo timestep."""
-        unet, t = self.sd.unet, self.t[r]
+        unet = self.sd.unet
+        t = self.t[r]
         prompt = self.prompt.to(unet.dtype).expand(len(z_tilde), -1, -1)  # (B, 77, D_text)
         out = unet(z_tilde.to(unet.dtype), t, prompt).sample  # (B, C, h, w)
         # Eq. 3: z_hat = (z_tilde - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar), or its like for v-prediction
@@ -521,10 +524,10 @@ def networks(run, cfg: Stage2, cfg1: Stage1) -> tuple[OSCAR, Discriminator]:
 def stage2(run, cfg: Stage2, cfg1: Stage1, dists: nn.Module) -> None:
     """UNet LoRA, prompt and all hyper-encoders against the discriminator, a random rate a step, Sec. 3.4."""
     G, D = networks(run, cfg, cfg1)
-    sd, Qs, t = G.sd, G.hyper_encoders, G.t
+    sd, Qs = G.sd, G.hyper_encoders
     photos = Photos(run.data, cfg, G.stride, run.seed + 1)
     acc = run.start(cfg, some_unused=True, unet=sd.unet, vae=sd.vae, hyper_encoders=Qs, discriminator=D)
-    acc.print("pseudo timesteps: " + "  ".join(f"{name} bpp: {t_r}" for name, t_r in zip(NAMES, t)))
+    acc.print("pseudo timesteps: " + "  ".join(f"{name} bpp: {t_r}" for name, t_r in zip(NAMES, G.t)))
     opt_G = torch.optim.AdamW(G.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
     opt_D = torch.optim.AdamW(D.parameters(), cfg.lr_D, weight_decay=cfg.weight_decay)
     G, D, opt_G, opt_D = acc.prepare(G, D, opt_G, opt_D)
@@ -577,7 +580,7 @@ def stage2(run, cfg: Stage2, cfg1: Stage1, dists: nn.Module) -> None:
         run.log(step, **terms, vq=l_vq, **{f"cos@{NAMES[r]}": -l_sim}, **logged, loss=loss)
         run.save(step)
     set_gain(Qs, latents(acc, sd, Photos(run.data, cfg1, 1, run.seed), cfg1, run.seed)[0], acc.reduce)
-    run.finish(G, t=t, fingerprint=sd.fingerprint)
+    run.finish(G, t=acc.unwrap_model(G).t, fingerprint=sd.fingerprint)
 
 
 # ------------------------------------------------------------------------------------ the file format
@@ -585,7 +588,10 @@ def stage2(run, cfg: Stage2, cfg1: Stage1, dists: nn.Module) -> None:
 # magic, version and flags in a nibble each, bit-rate, the model's digest, width, height; then in files of the
 # released model (flag NORMS) a byte a channel, the indices as fixed-length integers, a CRC-32 of it all
 HEAD = struct.Struct("<2sBB2sHH")
-MAGIC, VERSION, NORMS, MAX_SIDE = b"OS", 3, 1, 2**16 - 1
+MAGIC = b"OS"
+VERSION = 3
+NORMS = 1  # a flag
+MAX_SIDE = 2**16 - 1
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # what Pillow reads at most
 LOWEST, HIGHEST = -6.0, 4.0  # log2 of the norms
 
