@@ -267,8 +267,7 @@ def bench(folders: list[Path], out: Path, tasks: list[Task]) -> tuple[dict, list
 
 def matched(lq: Path, hq: Path) -> dict[str, tuple[Path, Path]]:
     """{name: (compressed, original)} of two folders with the same names (suffixes may differ) and sizes."""
-    one, two = ({str(f.relative_to(folder).with_suffix("")): f for f in list_images([folder])}
-                for folder in (lq, hq))
+    one, two = named(lq), named(hq)
     problems = [f"{name} (only in {lq})" for name in one.keys() - two.keys()]
     problems += [f"{name} (only in {hq})" for name in two.keys() - one.keys()]
     for name in one.keys() & two.keys():
@@ -278,6 +277,15 @@ def matched(lq: Path, hq: Path) -> dict[str, tuple[Path, Path]]:
     if problems:
         raise UserError(f"--pairs {lq} {hq}: do not match: {', '.join(sorted(problems))}")
     return {name: (one[name], two[name]) for name in sorted(one)}
+
+
+def named(folder: Path) -> dict[str, Path]:
+    """Images by their path in the folder, without suffix."""
+    found: dict[str, Path] = {}
+    for f in list_images([folder]):
+        if (first := found.setdefault(str(f.relative_to(folder).with_suffix("")), f)) != f:
+            raise UserError(f"--pairs: {first} and {f.name} have one name; put one of them elsewhere")
+    return found
 
 
 def add_pairs(out: Path, lq: Path, hq: Path, task: Task) -> dict:

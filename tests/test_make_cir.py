@@ -161,6 +161,11 @@ def test_pairs_join_the_benchmark_and_are_trained_on(photos, tmp_path, capsys):
     with pytest.raises(UserError, match="no photograph with a compressed version"):
         make_cir.read(caches, [("vvc", "47")])
 
+    shutil.copy(lq / "cat.jpg", lq / "cat.jpeg")  # which of the two is meant?
+    with pytest.raises(UserError, match=r"cat.jpe?g and cat.jpe?g have one name"):
+        make_cir.main(args)
+    (lq / "cat.jpeg").unlink()
+
     (own := tmp_path / "own").mkdir()  # another picture of a name that --pairs has brought
     clear = read_image(photos / "cat.png")[0]
     clear.putalpha(0)
