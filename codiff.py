@@ -6,9 +6,10 @@
 | paper    | code       | shape                   | range                                                    |
 | -------- | ---------- | ----------------------- | -------------------------------------------------------- |
 | I_L, I_H | x_lq, x_hq | (B, 3, H, W)            | [-1, 1]; the JPEG and its original                       |
-| c_L      | c_L        | (B, H W / 1024, D_text) | CaVE's tokens (512 wide in the paper) after a linear map |
+| c_L      | c_L        | (B, H W / 1024, D_text) | CaVE's tokens (512 wide) after the release's linear map  |
 | z_L, z_H | z_L, z_H   | (B, C, H / 8, W / 8)    | latents of both, scaling factor applied                  |
 | z_hat_H  | z_hat      | as z_L                  | one-step estimate of the original's latent               |
+| I_hat_H  | x_hat      | as x_lq                 | the restored picture                                     |
 | T_L      | T_L        | integer                 | timestep at which the JPEG's latent enters               |
 | QF       | q          | (B,)                    | (100 - QF) / 100, in (0, 1)                              |
 
@@ -184,20 +185,20 @@ class CaVE(nn.Module):
         h1 = self.m_down1(h0)  # (B, c2, H / 2, W / 2)
         h2 = self.m_down2(h1)  # (B, c3, H / 8, W / 8)
         h3 = self.m_down3(h2)  # (B, c4, H / 32, W / 32)
-        return self.m_body_encoder(h3), [h0, h1, h2, h3]
+        return self.m_body_encoder(h3), [h0, h1, h2, h3]  # tokens, still a map, as h3; skips
 
     def embed(self, x: Tensor) -> Tensor:
-        # Eq. 3: the tokens of c_L, row by row
+        # Eq. 3: tokens, row by row
         return self.encode(x)[0].flatten(2).transpose(1, 2)  # (B, H W / 1024, c4)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(q_hat (B,), reconstruction (B, 3, H, W)): what dual learning supervises."""
-        c_L, (h0, h1, h2, h3) = self.encode(x)
-        h = self.m_body_decoder(c_L) + h3  # (B, c4, H / 32, W / 32)
+        f, (h0, h1, h2, h3) = self.encode(x)
+        h = self.m_body_decoder(f) + h3    # (B, c4, H / 32, W / 32)
         h = self.m_up3(h) + h2             # (B, c3, H / 8, W / 8)
         h = self.m_up2(h) + h1             # (B, c2, H / 2, W / 2)
         h = self.m_up1(h) + h0             # (B, c1, H, W)
-        return self.qf_pred(c_L).squeeze(1), self.m_tail(h)
+        return self.qf_pred(f).squeeze(1), self.m_tail(h)
 
     @torch.inference_mode()
     def qf(self, image: Image.Image) -> float:
@@ -264,7 +265,8 @@ class CODiff(nn.Module):
 
 
 def loss_qf(q_hat: Tensor, q: Tensor) -> Tensor:
-    # Eq. 4, on (100 - QF) / 100 as in the release: with the sigmoid's range, lambda = 1000 keeps its meaning
+    # Eq. 4. DIFFERS: printed of QF itself; here, as in the release, of (100 - QF) / 100, the sigmoid's range,
+    # which lambda = 1000 was weighed against
     return F.l1_loss(q_hat, q)
 
 

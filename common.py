@@ -515,10 +515,12 @@ def set_lr(optimizer, lr: float, step: int, cfg: Settings) -> None:
 
 
 def clip(acc, optimizer, norm: float) -> None:
-    """Gradients, once a step's last batch is through, down to a norm of at most `norm`; 0: as they are."""
+    """Gradients, once a step's last batch is through, each group's down to a norm of at most `norm`; 0: as
+    they are."""
     if norm and acc.sync_gradients:
         acc.unscale_gradients(optimizer)  # float16's, of this one alone: the other's may not be whole yet
-        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], norm)
+        for group in optimizer.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], norm)
 
 
 # --------------------------------------------------------------------- what lies above: data/

@@ -78,6 +78,7 @@ class Stage1(Settings):
     sim: bool       = setting(True,     True,    "Eq. 6, in both stages", "sim")
     lambda_z: float = setting(4.0,      0.0,     "ours: of |z_tilde - z_0|^2, for lengths")
     lr: float       = setting(2e-3,     2e-5,    "Sec. 4.1")
+    clip: float     = setting(0.0,      1.0,     "released code: gradient norm of a rate")
     batch: int      = setting(8,        64,      "Sec. 4.1", least=1)
     steps: int      = setting(450,      10_000,  "Sec. 4.1", least=1)
     measure: int    = setting(256,      4096,    "ours: crops of Eqs. 10, 12, gain; the paper: all", least=1)
@@ -89,7 +90,7 @@ class Stage2(Settings):
     number = 2
     #                             tiny run    paper run
     alignment: bool     = setting(True,       True,     "Fig. 7: else no stage 1, no L_sim", "alignment")
-    keep: float         = setting(0.9,        0.9,      "ours: of a rate's gain, once it is drawn", most=1)
+    keep: float         = setting(0.9,        0.9,      "ours: of a rate's gain, kept a step", most=1)
     mapping: str        = setting("measured", "measured", "Fig. 7: measured, random, or a file", "mapping")
     losses: tuple       = setting(LOSSES,     LOSSES,   "Fig. 7: what counts", "losses", choices=LOSSES)
     dists: str          = setting("tiny-vgg", "vgg16",  "Eq. 15")
@@ -291,7 +292,7 @@ class OSCAR(nn.Module):
         self.t = t
         self.sd = SD(base, weights=weights)
         self.hyper_encoders = HyperEncoders(cfg, self.sd.vae.config.latent_channels)
-        self.prompt = nn.Parameter(torch.zeros(77, self.sd.unet.config.cross_attention_dim))  # as released
+        self.prompt = nn.Parameter(torch.zeros(77, self.sd.unet.config.cross_attention_dim))  # filled below
         self.cells = [self.sd.cell * s for s in S]  # pixels a side of an index; pictures are padded to these
         self.cell = max(self.cells)  # the coarsest rate's
         self.stride = max(*self.cells, self.sd.stride)  # all powers of two
@@ -449,8 +450,8 @@ def loss_G(logits_fake: Tensor) -> Tensor:
 
 def loss_D(logits_fake: Tensor, logits_real: Tensor) -> Tensor:
     # Eq. 16: -log(1 - sigmoid(D(z_hat))) - log sigmoid(D(z_0)).  DIFFERS: its last term is printed with z_hat
-    # DIFFERS: the release's D sees noised latents; clean ones here, as printed. Its head, an "MLP" in the
-    # paper, is two convolutions as released: 52.5 M parameters at SD 2.1's size.
+    # DIFFERS: the release halves it, times 1e-2, and its D sees noised latents; clean ones here, as printed.
+    # D's head, an "MLP" in the paper, is two convolutions as released: 52.5 M parameters at SD 2.1's size.
     return F.softplus(logits_fake).mean() + F.softplus(-logits_real).mean()
 
 
@@ -466,7 +467,7 @@ def stage1(run, cfg: Stage1) -> None:
     Qs = HyperEncoders(cfg, sd.vae.config.latent_channels)
     acc = run.start(cfg, **{f"Q, {name} bpp": Q for name, Q in zip(NAMES, Qs)})
     sd.to(acc.device)
-    adam = torch.optim.Adam(Qs.parameters(), cfg.lr, fused=True)
+    adam = torch.optim.Adam([{"params": Q.parameters()} for Q in Qs], cfg.lr, fused=True)
     all_rates, adam = acc.prepare(Qs.train(), adam)
     w = {"sim": float(cfg.sim), "vq": 1.0, "z": cfg.lambda_z}  # Eq. 8's weights, and of lengths (ours)
     first = run.resume({"Q": all_rates}, {"adam": adam})  # 0, or the step at which the run was stopped

@@ -14,6 +14,7 @@ followed here; arXiv 2508.07346).
 | e_img, e_text | e_img, e_text | (B, 77, D_text)      | image prompt; the text encoder's last hidden state |
 | z_L, z_H      | z_L, z_H      | (B, C, H / 8, W / 8) | latents of the JPEG and its original, scaled       |
 | z_hat_H       | z_hat         | as z_L               | one-step estimate of z_H                           |
+| I_hat_H       | x_hat         | as x_lq              | the restored picture                               |
 | l_i, g_i      | logits, g     | (B, T_max)           | the timesteps' logits; Gumbel noise, in training   |
 | tau_pred      | tau           | (B,)                 | real timestep in [0, T_max - 1]                    |
 | QF_pred       | qf_hat        | (B,)                 | predicted quality factor, about 5 to 95            |

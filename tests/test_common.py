@@ -501,6 +501,19 @@ def test_the_rate_falls_over_the_runs_last_part():
     assert optimizer.param_groups[0]["lr"] == 3
 
 
+@pytest.mark.parametrize(("norm", "whole", "expected"), [(1.0, True, (1.0, 0.5)), (0.0, True, (5.0, 0.5)),
+                                                         (1.0, False, (5.0, 0.5))])
+def test_each_groups_gradients_are_clipped_once_a_step(norm, whole, expected):
+    grads = torch.tensor([3.0, -4.0]), torch.tensor([0.3, 0.4])  # norms 5 and 0.5
+    ps = [torch.nn.Parameter(torch.zeros(2)) for _ in grads]
+    for p, g in zip(ps, grads):
+        p.grad = g.clone()
+    acc = SimpleNamespace(sync_gradients=whole, unscale_gradients=lambda optimizer: None)
+    common.clip(acc, torch.optim.SGD([{"params": [p]} for p in ps], 1.0), norm)
+    for p, g, n in zip(ps, grads, expected):
+        assert torch.allclose(p.grad, g * n / g.norm(), atol=1e-5)
+
+
 def test_nested_tensors_and_a_trained_module_come_back(tmp_path):
     def make(width=4):
         layers = torch.nn.Linear(3, width), torch.nn.BatchNorm1d(width), torch.nn.Linear(width, 1)

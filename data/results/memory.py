@@ -213,7 +213,8 @@ def main(argv: list[str] | None = None) -> None:
     lines = []
     for name, rows in of.items():
         found = [[*zip(*(best(row, card) for row in rows))] for card in CARDS]
-        cells = [f"`{' '.join(filter(None, flags)) or 'as it is'}` {' / '.join(gib)}" for flags, gib in found]
+        flags = [" ".join(filter(None, flags)) for flags, _ in found]
+        cells = [(f"`{f}` " if f else "as it is: ") + " / ".join(gib) for f, (_, gib) in zip(flags, found)]
         lines.append([f"`{name}.py`", *cells])
     print(markdown(["GiB of stage 1 / 2", *(f"{card} GB" for card in CARDS)], lines))
 
