@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,11 @@ def run(trained):
 
 
 # ---- data
+
+
+def test_the_original_is_the_same_crop_off_the_grid_too():
+    pairs = JPEGPairs([PHOTOS / "train"], Stage1(crop=64, qf_min=100, qf_max=100, off_grid=1.0), 32, 0)
+    assert all((x_lq - x_hq).abs().mean() < 0.02 for _, x_lq, x_hq, _ in map(pairs.__getitem__, range(12)))
 
 
 def test_pairs_are_jpegs_at_the_stated_quality_half_of_them_off_the_grid():
@@ -61,6 +67,14 @@ def test_cave_has_the_released_size_and_one_token_per_32_pixels():
         assert cave.embed(x).shape == (2, 64, 512)  # not the 1,024 of h / 8
         q_hat, x_rec = cave(x)
     assert q_hat.shape == (2,) and x_rec.shape == x.shape
+
+
+def test_caves_decoder_takes_the_encoders_maps():
+    cave, x = CaVE((8, 8, 16, 16), 1).initialise(1.0, 0.0).eval(), torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        f, (h0, h1, h2, h3) = cave.encode(x)
+        h = cave.m_up2(cave.m_up3(cave.m_body_decoder(f) + h3) + h2) + h1
+        assert torch.allclose(cave(x)[1], cave.m_tail(cave.m_up1(h) + h0), atol=1e-5)
 
 
 def test_tokens_are_row_major():
@@ -191,6 +205,14 @@ def test_a_restored_picture_has_its_inputs_colours(run):
     lq = jpeg(CAT.crop((0, 0, 100, 90)), 10)
     restored = np.array(codiff.restore(run.model, lq))
     assert np.abs(restored.mean((0, 1)) - np.array(lq).mean((0, 1))).max() < 1
+
+
+def test_restore_heeds_color_fix(run):
+    lq = jpeg(CAT.crop((0, 0, 70, 60)), 10)
+    args = SimpleNamespace(weights=run.folder, base=None, tile=None, color_fix="none")
+    own = np.asarray(codiff.restorer(args, run.model)(lq)[0])
+    assert np.array_equal(own, codiff.restore(run.model, lq, "none"))
+    assert not np.array_equal(own, codiff.restore(run.model, lq))
 
 
 def test_tiles_leave_no_seams(run):

@@ -27,7 +27,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import codiff
 import common
-from common import (SD, STREAMS, TINY_SD, Crops, Discriminator, Settings, add_lora, dists, for_inference,
+from common import (PHOTOS, SD, STREAMS, TINY_SD, Crops, Discriminator, Settings, add_lora, dists, for_inference,
                     frozen, jpeg, load_trained, noise_for, pad_to, set_lr, text_tokens, to_image, to_tensor,
                     trained)
 from conftest import CAT, SCRIPTS, moved_by, published_lpips, tops
@@ -425,6 +425,9 @@ def test_pad_to_reaches_whole_cells_and_keeps_the_image(h, w):
     y = pad_to(x, 32)
     assert y.shape[2] % 32 == 0 and y.shape[3] % 32 == 0 and y.shape[2] - h < 32 and y.shape[3] - w < 32
     assert torch.equal(y[..., :h, :w], x)
+    rows, columns = ("reflect" if -n % 32 < n else "edge" for n in (h, w))
+    wide = np.pad(x[0].numpy(), ((0, 0), (0, 0), (0, -w % 32)), columns)
+    assert np.array_equal(y[0], np.pad(wide, ((0, 0), (0, -h % 32), (0, 0)), rows))
 
 
 def test_a_picture_is_the_same_after_a_tensor_and_jpeg_is_libjpegs():
@@ -445,6 +448,9 @@ def test_crops_are_a_function_of_seed_and_number(tmp_path, capsys):
     backward = [two.crop(n) for n in reversed(range(9))][::-1]
     assert all(np.array_equal(p, q) and p.shape == (24, 24, 3) for p, q in zip(forward, backward))
     assert not all(np.array_equal(p, three.crop(n)) for n, p in enumerate(forward))
+    whole = Crops([PHOTOS / "val", PHOTOS / "train"], 24, 3)
+    epochs = [[whole.file(len(whole.files) * epoch + i) for i in range(len(whole.files))] for epoch in (0, 1)]
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == sorted(whole.files)
     capsys.readouterr()
     again = Crops([tmp_path], 24, 3)
     again.read.cache_clear()

@@ -582,7 +582,10 @@ def test_tiles_keep_the_picture(run, monkeypatch, t_star, steps, levels):
     tiled = moe_diffir.restore(model, lq, steps, 1.0, tiling(model, 128)(lq.size))
     assert len(calls) == 1 + 2 * (1 + 9)  # encoding, decoding: the mosaic, then 3 x 3 windows
     assert np.abs(np.asarray(tiled).astype(float) - np.asarray(whole)).mean() < levels
-    assert not np.array_equal(whole, moe_diffir.restore(model, lq, steps, fidelity=0.0))
+    args = SimpleNamespace(weights=run.folder, base=None, tile=None, steps=steps, fidelity=0.0)
+    bare = np.asarray(moe_diffir.restorer(args, model)(lq)[0])
+    assert np.array_equal(bare, moe_diffir.restore(model, lq, steps, fidelity=0.0))
+    assert not np.array_equal(bare, whole)
 
 
 # ---- eval, profile and figures

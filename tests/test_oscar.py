@@ -24,7 +24,7 @@ from conftest import (CAT, alpha_bars, are_binary_cross_entropy, before_stage_2,
                       tops, train_args)
 from data import make_cir, speed
 from data.files import UserError, load_tensors, save_tensors
-from data.pictures import read_image
+from data.pictures import compress_files, read_image
 from data.results import complexity, evaluate
 from data.results import oscar as measures
 from data.results.tables import text_table
@@ -529,6 +529,10 @@ def test_a_picture_too_long_for_a_file_is_named_and_the_others_done_without_alph
     oscar.main(["decompress", str(tmp_path / "out" / "alpha.oscar"), str(tmp_path / "b.png"),
                 "--weights", str(run.folder)])
     assert Image.open(tmp_path / "b.png").mode == "RGB"
+    seen = []
+    compress_files([(tmp_path / "alpha.png", tmp_path / "a.oscar")],
+                   lambda image: seen.append(image.getpixel((0, 0))) or b"x")
+    assert np.abs(np.subtract(seen, [(227, 132, 132)])).max() <= 1  # on white
 
 
 def test_a_model_of_other_widths_or_rates_and_a_file_of_another_model_are_refused(run, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -421,6 +422,16 @@ def test_any_file_system_locks_or_one_line_says_that_it_does_not(tmp_path, monke
         lock(tmp_path)
         told = capsys.readouterr().err
         assert told.count("this file system has no locks") == (answer is not None) == told.count("\n")
+
+
+def test_overwriting_what_another_process_trains_deletes_nothing(trained, photos, tmp_path):
+    out = shutil.copytree(trained("codiff").folder, tmp_path / "run")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with open(out / ".lock") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another training writes into it"):
+            codiff.main(train_args("codiff", out, photos, "--overwrite"))
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
 def test_each_stage_has_its_own_photographs_and_overwrite_begins_anew(tmp_path, no_evaluation):
