@@ -185,10 +185,10 @@ class CaVE(nn.Module):
         h1 = self.m_down1(h0)  # (B, c2, H / 2, W / 2)
         h2 = self.m_down2(h1)  # (B, c3, H / 8, W / 8)
         h3 = self.m_down3(h2)  # (B, c4, H / 32, W / 32)
-        return self.m_body_encoder(h3), [h0, h1, h2, h3]  # tokens, still a map, as h3; skips
+        return self.m_body_encoder(h3), [h0, h1, h2, h3]  # Eq. 3's tokens, still a map; skips
 
     def embed(self, x: Tensor) -> Tensor:
-        # Eq. 3: tokens, row by row
+        # Eq. 3: the paper's c_L, which has no linear map; tokens row by row
         return self.encode(x)[0].flatten(2).transpose(1, 2)  # (B, H W / 1024, c4)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

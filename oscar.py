@@ -90,7 +90,7 @@ class Stage2(Settings):
     number = 2
     #                             tiny run    paper run
     alignment: bool     = setting(True,       True,     "Fig. 7: else no stage 1, no L_sim", "alignment")
-    keep: float         = setting(0.9,        0.9,      "ours: of a rate's gain, kept a step", most=1)
+    keep: float         = setting(0.9,        0.9,      "ours: share of a gain that a step keeps", most=1)
     mapping: str        = setting("measured", "measured", "Fig. 7: measured, random, or a file", "mapping")
     losses: tuple       = setting(LOSSES,     LOSSES,   "Fig. 7: what counts", "losses", choices=LOSSES)
     dists: str          = setting("tiny-vgg", "vgg16",  "Eq. 15")
@@ -292,7 +292,7 @@ class OSCAR(nn.Module):
         self.t = t
         self.sd = SD(base, weights=weights)
         self.hyper_encoders = HyperEncoders(cfg, self.sd.vae.config.latent_channels)
-        self.prompt = nn.Parameter(torch.zeros(77, self.sd.unet.config.cross_attention_dim))  # filled below
+        self.prompt = nn.Parameter(torch.zeros(77, self.sd.unet.config.cross_attention_dim))  # by `networks`
         self.cells = [self.sd.cell * s for s in S]  # pixels a side of an index; pictures are padded to these
         self.cell = max(self.cells)  # the coarsest rate's
         self.stride = max(*self.cells, self.sd.stride)  # all powers of two
@@ -591,7 +591,7 @@ def stage2(run, cfg: Stage2, cfg1: Stage1, dists: nn.Module) -> None:
 HEAD = struct.Struct("<2sBB2sHH")
 MAGIC = b"OS"
 VERSION = 3
-NORMS = 1  # a flag
+NORMS = 1
 MAX_SIDE = 2**16 - 1
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # what Pillow reads at most
 LOWEST, HIGHEST = -6.0, 4.0  # log2 of the norms
